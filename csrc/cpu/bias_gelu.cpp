@@ -1,0 +1,190 @@
+// bias_gelu on a CPU: y = gelu(x + b), tanh approximation.
+//
+//   h = x + b,  u = sqrt(2/pi) (h + 0.044715 h^3),  e = exp(-2u),  s = 1 / (1 + e)     [s = (1 + tanh u) / 2]
+//   y  = h s
+//   dx = dy (s + h s (e s) 2 u'),  u' = sqrt(2/pi) (1 + 3 * 0.044715 h^2)              [e s = 1 - s, uncancelled]
+//   db = sum over rows of dx
+//
+// Memory, n = rows * channels elements of 4 (fp32) or 2 (bf16) bytes: forward reads n and writes n; backward reads 2n,
+// writes n, and 4 bytes * channels * ceil(rows / kRowsPerPartial) of partial sums twice. All arithmetic is fp32.
+//
+// Launch: one call handles whole rows on one thread; ops.cpp gives threads ranges of kRowsPerPartial-row blocks.
+//
+// There is one source of the arithmetic, plain C++ that compilers vectorise (no branches, no library calls). It is
+// compiled three times through target attributes, and the level is chosen at run time.
+
+#include "bias_gelu.h"
+
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GPTDIST_X86 1
+#endif
+
+#define GPTDIST_INLINE inline __attribute__((always_inline))
+
+namespace gptdist::cpu {
+namespace {
+
+constexpr float kSqrt2OverPi = 0.7978845608028654f;
+constexpr float kCubic = 0.044715f;
+
+// Channels per tile: x, dy, dx, bias and partial of a tile (12 KiB in fp32) stay in a 32 KiB first-level cache
+// while the rows pass.
+constexpr int64_t kTile = 1024;
+
+GPTDIST_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+GPTDIST_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+GPTDIST_INLINE float load(const float* p) { return *p; }
+GPTDIST_INLINE float load(const Bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
+GPTDIST_INLINE void store(float* p, float value) { *p = value; }
+
+GPTDIST_INLINE void store(Bf16* p, float value) {  // round to nearest even; NaN stays NaN
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = uint16_t(is_nan ? 0x7fc0u : rounded);
+}
+
+// exp(x) to 2 ulp. x = n ln2 + r, |r| <= ln2 / 2; degree-6 polynomial in r (Cephes expf), then a shift of the exponent.
+// x is clamped to [-87, 87]: beyond it a float's exponent overflows, and gelu's factors have long settled.
+GPTDIST_INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 87.0f ? 87.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t exponent = float_to_bits(shifted) << 23;  // n mod 512; the sign of 1.5 * 2^23 shifts out
+  return bits_to_float(float_to_bits(p) + exponent);
+}
+
+GPTDIST_INLINE float gelu(float h) {
+  const float u = kSqrt2OverPi * (h + kCubic * h * h * h);
+  return h / (1.0f + fast_exp(-2.0f * u));
+}
+
+GPTDIST_INLINE float gelu_slope(float h) {
+  const float u = kSqrt2OverPi * (h + kCubic * h * h * h);
+  const float e = fast_exp(-2.0f * u);
+  const float s = 1.0f / (1.0f + e);
+  const float u_slope = kSqrt2OverPi * (1.0f + 3.0f * kCubic * h * h);
+  return s + h * s * (e * s) * 2.0f * u_slope;
+}
+
+template <class T, bool kBias>
+GPTDIST_INLINE void forward_rows(const Forward<T>& a) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = a.x + row * a.channels;
+    T* __restrict__ y = a.y + row * a.channels;
+    for (int64_t c = 0; c < a.channels; ++c) {
+      store(y + c, gelu(load(x + c) + (kBias ? a.bias[c] : 0.0f)));
+    }
+  }
+}
+
+template <class T, bool kBias>
+GPTDIST_INLINE void backward_tile(const Backward<T>& a, int64_t begin, int64_t end) {
+  float sum[kTile] = {};
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = a.x + row * a.channels + begin;
+    const T* dy = a.dy + row * a.channels + begin;
+    const float* bias = kBias ? a.bias + begin : nullptr;
+    T* __restrict__ dx = a.dx + row * a.channels + begin;
+    for (int64_t c = 0; c < end - begin; ++c) {
+      const float g = load(dy + c) * gelu_slope(load(x + c) + (kBias ? bias[c] : 0.0f));
+      store(dx + c, g);
+      sum[c] += g;
+    }
+  }
+  if (a.partial != nullptr) std::memcpy(a.partial + begin, sum, (end - begin) * sizeof(float));
+}
+
+template <class T>
+GPTDIST_INLINE void forward(const Forward<T>& a) {
+  a.bias != nullptr ? forward_rows<T, true>(a) : forward_rows<T, false>(a);
+}
+
+template <class T>
+GPTDIST_INLINE void backward(const Backward<T>& a) {
+  for (int64_t begin = 0; begin < a.channels; begin += kTile) {
+    const int64_t end = begin + kTile < a.channels ? begin + kTile : a.channels;
+    a.bias != nullptr ? backward_tile<T, true>(a, begin, end) : backward_tile<T, false>(a, begin, end);
+  }
+}
+
+#ifdef GPTDIST_X86
+#define GPTDIST_AVX2 __attribute__((target("avx2,fma")))
+#ifdef __clang__
+#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"), min_vector_width(512)))
+#else  // GCC prefers 256-bit vectors unless told
+#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#endif
+template <class T> GPTDIST_AVX2 void forward_avx2(const Forward<T>& a) { forward(a); }
+template <class T> GPTDIST_AVX2 void backward_avx2(const Backward<T>& a) { backward(a); }
+template <class T> GPTDIST_AVX512 void forward_avx512(const Forward<T>& a) { forward(a); }
+template <class T> GPTDIST_AVX512 void backward_avx512(const Backward<T>& a) { backward(a); }
+#endif
+
+template <class T>
+void dispatch_forward(const Forward<T>& a, [[maybe_unused]] Isa isa) {
+#ifdef GPTDIST_X86
+  if (isa == Isa::kAvx512) return forward_avx512(a);
+  if (isa == Isa::kAvx2) return forward_avx2(a);
+#endif
+  forward(a);
+}
+
+template <class T>
+void dispatch_backward(const Backward<T>& a, [[maybe_unused]] Isa isa) {
+#ifdef GPTDIST_X86
+  if (isa == Isa::kAvx512) return backward_avx512(a);
+  if (isa == Isa::kAvx2) return backward_avx2(a);
+#endif
+  backward(a);
+}
+
+}  // namespace
+
+Isa best_isa() {
+#ifdef GPTDIST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+void bias_gelu_forward(const Forward<float>& args, Isa isa) { dispatch_forward(args, isa); }
+void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { dispatch_forward(args, isa); }
+void bias_gelu_backward(const Backward<float>& args, Isa isa) { dispatch_backward(args, isa); }
+void bias_gelu_backward(const Backward<Bf16>& args, Isa isa) { dispatch_backward(args, isa); }
+
+void fold_partials(const float* partials, int64_t count, int64_t channels, int64_t begin, int64_t end, float* dbias) {
+  for (int64_t c = begin; c < end; ++c) dbias[c] = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = begin; c < end; ++c) dbias[c] += partials[i * channels + c];
+  }
+}
+
+}  // namespace gptdist::cpu

@@ -1,0 +1,5 @@
+import sys
+
+from gptdist.cli import main
+
+sys.exit(main())

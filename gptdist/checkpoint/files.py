@@ -1,0 +1,106 @@
+"""Durable files: written once with their sha256 taken on the way, read back only when they are what was written."""
+
+import errno
+import hashlib
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptdist.errors import UserError
+
+# Bytes copied, hashed and written at a time. This bounds the extra memory of a save or a load: two blocks at most live.
+BLOCK_BYTES = 16 << 20
+
+_ADVICE = {
+    errno.ENOSPC: "free some disk space or keep fewer checkpoints",
+    errno.EDQUOT: "free some of your disk quota or keep fewer checkpoints",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EACCES: "choose a directory you may write to",
+    errno.EPERM: "choose a directory you may write to",
+    errno.EROFS: "choose a directory that is not read-only",
+    errno.ENOTDIR: "choose a path whose parents are all directories",
+    errno.ENOENT: "check the path; every rank must see the same file system",
+}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int  # bytes
+    sha256: str  # 64 hex digits
+
+
+def write_file(path: Path, blocks: Iterable) -> FileRecord:
+    """Create `path` (it must not exist) from byte buffers, fsync it, and return its size and sha256.
+
+    Hashing runs beside writing, a block at a time, so a stream never needs more memory than its largest block.
+    """
+    digest, size = hashlib.sha256(), 0
+    with naming(path), ThreadPoolExecutor(1) as hasher:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            for block in blocks:
+                hashed = hasher.submit(digest.update, block)
+                _write_all(fd, memoryview(block))
+                hashed.result()
+                size += len(block)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return FileRecord(size, digest.hexdigest())
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(fd, view) :]
+
+
+def hash_file(path: Path) -> FileRecord:
+    """The size and sha256 of an existing file."""
+    digest, size = hashlib.sha256(), 0
+    with naming(path), open(path, "rb", buffering=0) as f:
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
+            size += n
+    return FileRecord(size, digest.hexdigest())
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the path it lacks: those of os.write and os.fsync name no file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), e.filename or str(path)) from e
+
+
+@contextmanager
+def user_errors(doing: str) -> Iterator[None]:
+    """Turn an OSError into the UserError that names the file, this host, and what to do. `doing`: "save to"."""
+    try:
+        yield
+    except OSError as e:
+        advice = _ADVICE.get(e.errno, "check the disk and its file system")
+        raise UserError(f"cannot {doing} {e.filename}: {e.strerror} (on {socket.gethostname()}); {advice}") from e
+
+
+def plain_name(name: object, folders: bool = False) -> bool:
+    """Whether `name` is a relative file name that stays inside its directory; `folders` allows a/b."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    parts = name.split("/")
+    return (folders or len(parts) == 1) and all(part not in ("", ".", "..") for part in parts)

@@ -1,0 +1,70 @@
+"""The ranks that save or load together. Every rank gets through every step, or every rank gets the same error."""
+
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from gptdist.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A process group; without torch.distributed, this process alone. Rank 0 of the group coordinates.
+
+    Under NCCL the few small objects sent here go through the GPU; a gloo group is faster and may be used in a thread.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if self.distributed else 0
+        self.world = dist.get_world_size(group) if self.distributed else 1
+
+    def on_coordinator(self, do: Callable[[], T]) -> T:
+        """Run `do` on rank 0; every rank gets its result, or its error."""
+        result, error = None, None
+        if self.rank == 0:
+            result, error = _attempt(do)
+        box = [(result, _describe(error))]
+        if self.distributed:
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
+        _raise_first(error, [box[0][1]])
+        return box[0][0]
+
+    def on_all(self, do: Callable[[], T]) -> T:
+        """Run `do` on every rank; if it fails on any, it fails on all, with the error of the lowest rank."""
+        result, error = _attempt(do)
+        faults: list[Any] = [_describe(error)]
+        if self.distributed:
+            faults = [None] * self.world
+            dist.all_gather_object(faults, _describe(error), group=self.group)
+        _raise_first(error, faults)
+        return result
+
+
+def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return do(), None
+    except BaseException as e:  # the other ranks wait for this one: they must hear of a KeyboardInterrupt too
+        return None, e
+
+
+def _describe(error: BaseException | None) -> tuple[bool, str] | None:
+    """(whether the user can act on it, text), which travels between ranks where an exception might not."""
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return True, str(error)
+    return False, "".join(traceback.format_exception(error))
+
+
+def _raise_first(own: BaseException | None, faults: list[tuple[bool, str] | None]) -> None:
+    if own is not None and not isinstance(own, UserError):
+        raise own
+    for rank, fault in enumerate(faults):
+        if fault is not None:
+            user, text = fault
+            raise (UserError(text) if user else RuntimeError(f"rank {rank} failed:\n{text}")) from own

@@ -1,0 +1,229 @@
+"""Saving and loading a checkpoint: any world size loads what any other saved.
+
+`save` is atomic: a new temporary directory, every file fsynced, the manifest last, one rename. A failure on any rank is
+the same error on every rank, and leaves nothing behind.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+
+from gptdist.checkpoint.files import FileRecord, fsync_dir, naming, plain_name, user_errors, write_file
+from gptdist.checkpoint.index import INDEX_NAME, Entry, Index, decode
+from gptdist.checkpoint.layout import (
+    MANIFEST_NAME,
+    Manifest,
+    complete,
+    encode_manifest,
+    new_temporary,
+    read_checked,
+    step_name,
+    verify,
+)
+from gptdist.checkpoint.ranks import Ranks
+from gptdist.checkpoint.storage import SafetensorsReader, SafetensorsWriter, read_boxes
+from gptdist.errors import UserError
+
+
+def save(
+    root: str | os.PathLike,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    files: Mapping[str, bytes] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write `root`/step-NNNNNNNN and return its path; a collective call.
+
+    tensors: plain tensors (the same on every rank; written once), DTensors, or DCP's checkpointable subclasses.
+    files: name (it may have a folder) -> content; only rank 0's are written.
+    Raises UserError on every rank if the directory exists or anything cannot be written on any rank.
+    """
+    root, ranks = Path(root), Ranks(process_group)
+    temporary = ranks.on_coordinator(lambda: _begin(root, step))
+    try:
+        writer = SafetensorsWriter(temporary)
+        _dcp_save(tensors, writer, ranks)
+        return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files or {}))
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(
+    path: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    process_group: dist.ProcessGroup | None = None,
+    strict: bool = True,
+    allow_missing: Callable[[str], bool] | None = None,
+) -> list[str]:
+    """Fill `tensors` in place from a complete checkpoint; a collective call. Returns the keys left as they were.
+
+    Keys of the checkpoint that are not in `tensors` are ignored. A key that is not in the checkpoint is a UserError,
+    unless `allow_missing(key)` or strict=False. Shapes must be equal; floating dtypes are converted.
+    """
+    path, ranks = Path(path), Ranks(process_group)
+    index = ranks.on_coordinator(lambda: _read_index(path))
+    allowed = allow_missing or (lambda key: not strict)
+    missing = ranks.on_all(lambda: _check_request(path, index, tensors, allowed))
+    wanted = {key: tensor for key, tensor in tensors.items() if key in index}
+    reader = SafetensorsReader(path, {key: index[key] for key in wanted})
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _dcp_call():
+        dcp.load(
+            wanted, storage_reader=reader, planner=planner, process_group=process_group, no_dist=not ranks.distributed
+        )
+    return missing
+
+
+def verify_together(path: str | os.PathLike, process_group: dist.ProcessGroup | None = None) -> None:
+    """`verify`, its work split over the ranks; a bad file is a UserError on every rank."""
+    ranks = Ranks(process_group)
+    ranks.on_all(lambda: verify(path, ranks.rank, ranks.world))
+
+
+def read_index(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """key -> (shape, dtype) of every tensor in a complete checkpoint."""
+    return {key: (entry.shape, entry.dtype) for key, entry in _read_index(Path(path)).items()}
+
+
+def load_tensors(
+    path: str | os.PathLike,
+    keys: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Whole tensors in this process alone (all of them without `keys`); `dtype` converts the floating ones."""
+    path = Path(path)
+    index = _read_index(path)
+    keys = list(index) if keys is None else list(keys)
+    if missing := [key for key in keys if key not in index]:
+        raise _missing_error(path, missing, index)
+    tensors = {key: _empty(index[key], dtype, device) for key in keys}
+    reads = []
+    for key in keys:
+        for chunk in index[key].chunks:
+            reads.append((chunk, index[key].dtype, (0,) * len(chunk.shape), _box(tensors[key], chunk)))
+    read_boxes(path, reads)
+    return tensors
+
+
+def _begin(root: Path, step: int) -> Path:
+    _refuse_existing(root / step_name(step))
+    with user_errors("create"):
+        root.mkdir(parents=True, exist_ok=True)
+        return new_temporary(root, step)
+
+
+def _publish(
+    root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes]
+) -> Path:
+    """Everything after the tensors: the other files, the manifest, the rename."""
+    final, records = root / step_name(step), dict(shards)
+    with user_errors("save to"):
+        for name, content in files.items():
+            assert plain_name(name, folders=True), name
+            assert name not in {*records, MANIFEST_NAME}, name
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            records[name] = write_file(temporary / name, [content])
+        write_file(temporary / MANIFEST_NAME, [encode_manifest(Manifest(step, records))])
+        for folder in {(temporary / name).parent for name in records} | {temporary}:
+            fsync_dir(folder)
+        _refuse_existing(final)
+        with naming(final):
+            os.rename(temporary, final)
+        fsync_dir(root)
+    return final
+
+
+def _refuse_existing(final: Path) -> None:
+    if os.path.lexists(final):
+        raise UserError(f"{final} already exists and is never overwritten; remove it, or choose another directory")
+
+
+def _dcp_save(tensors: Mapping[str, torch.Tensor], writer: SafetensorsWriter, ranks: Ranks) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _dcp_call():
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=planner,
+            process_group=ranks.group,
+            no_dist=not ranks.distributed,
+        )
+
+
+@contextmanager
+def _dcp_call() -> Iterator[None]:
+    """DCP without its warning that a single process is one, raising the failing rank's error in place of its own."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as e:
+            raise _cause(e) from e
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """CheckpointException is raised on every rank with every rank's failure. A UserError hides no bug beside it."""
+    causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+    for cause in causes:
+        if not isinstance(cause, UserError):
+            return RuntimeError(str(error)) if isinstance(cause, Exception) else cause
+    return causes[0]
+
+
+def _read_index(path: Path) -> Index:
+    manifest = complete(path)
+    index = decode(read_checked(path, INDEX_NAME, manifest.files[INDEX_NAME]), path / INDEX_NAME)
+    for key, entry in index.items():
+        if unknown := [chunk.file for chunk in entry.chunks if chunk.file not in manifest.files]:
+            why = f"{key} lies in {unknown[0]}, which {MANIFEST_NAME} does not name"
+            raise UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
+    return index
+
+
+def _check_request(path: Path, index: Index, tensors: Mapping[str, torch.Tensor], allowed: Callable) -> list[str]:
+    """The missing keys that may be missing; everything else that does not fit is an error."""
+    missing = sorted(key for key in tensors if key not in index)
+    if refused := [key for key in missing if not allowed(key)]:
+        raise _missing_error(path, refused, index)
+    for key in sorted(tensors.keys() - set(missing)):
+        entry, tensor = index[key], tensors[key]
+        assert tensor.device.type != "meta", f"{key} is on the meta device: allocate it before loading"
+        if tuple(tensor.shape) != entry.shape:
+            raise UserError(
+                f"{key}: the checkpoint has {entry.shape}, this model wants {tuple(tensor.shape)}; "
+                f"use the model configuration saved in {path}"
+            )
+        if tensor.dtype != entry.dtype and not (tensor.dtype.is_floating_point and entry.dtype.is_floating_point):
+            raise UserError(
+                f"{key}: the checkpoint has {entry.dtype}, this model wants {tensor.dtype}; only floats convert; "
+                f"use the model configuration saved in {path}"
+            )
+    return missing
+
+
+def _missing_error(path: Path, missing: list[str], index: Index) -> UserError:
+    names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return UserError(f"{path} has no {names} (it has {len(index)} tensors); use a checkpoint of the same kind of model")
+
+
+def _empty(entry: Entry, dtype: torch.dtype | None, device: str | torch.device) -> torch.Tensor:
+    convert = dtype is not None and entry.dtype.is_floating_point
+    return torch.empty(entry.shape, dtype=dtype if convert else entry.dtype, device=device)
+
+
+def _box(tensor: torch.Tensor, chunk) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor

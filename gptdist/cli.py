@@ -1,0 +1,299 @@
+"""The command line: `gptdist COMMAND ...`, or `python -m gptdist COMMAND ...` for launchers."""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from gptdist import __version__
+from gptdist.errors import EXIT_BUG, EXIT_DONE, MissingError, UserError
+
+TRAIN_HELP = """\
+Train a GPT from scratch. The configuration is a YAML file; every value can be overridden as --section.key=value
+(`gptdist config --show` lists them all). The same command runs on
+
+  one process         gptdist train configs/quickstart.yaml
+  one node, N ranks   torchrun --nproc-per-node N -m gptdist train configs/quickstart.yaml
+  several nodes       torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+                        -m gptdist train configs/quickstart.yaml
+
+Started again, it goes on from the run's newest complete checkpoint (checkpoint.resume)."""
+
+PREPARE_HELP = """\
+Turn raw text into a dataset directory: clean, tokenize, split off held-out documents, write shards.
+
+  gptdist prepare --input embedded --output data/embedded --tokenizer bpe:2048
+  gptdist prepare --input 'corpus/*.txt' more.jsonl --output data/mine --tokenizer gpt2-files/"""
+
+GENERATE_HELP = """\
+Continue prompts with a trained model.
+
+  gptdist generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-k 50
+  gptdist generate runs/quickstart --prompts-file prompts.txt --json
+  gptdist generate runs/quickstart --examples shots.jsonl --prompt "query"     (few-shot)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gptdist", description="Train GPT models, on a laptop or a cluster.")
+    parser.add_argument("--version", action="version", version=f"gptdist {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_plot(commands)
+    _add_inspect(commands)
+    _add_config(commands)
+    _add_doctor(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _command(commands, name: str, run: Callable, help: str, description: str | None = None) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=description or help, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint directory, or a run directory (its latest one)")
+    parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of a run's checkpoints")
+
+
+def _add_train(commands) -> None:
+    parser = _command(commands, "train", run_train, "train a GPT from scratch", TRAIN_HELP)
+    parser.add_argument("config", help="YAML configuration")
+
+
+def _add_config(commands) -> None:
+    parser = _command(commands, "config", run_config, "show the configuration: every field, its default, its meaning")
+    parser.add_argument("config", nargs="?", help="a YAML file to check and show resolved; default: all defaults")
+    parser.add_argument("--show", action="store_true", help="print it (the default action)")
+
+
+def _add_doctor(commands) -> None:
+    parser = _command(commands, "doctor", run_doctor, "show this machine, and which kernels will run on it and why")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_inspect(commands) -> None:
+    parser = _command(commands, "inspect", run_inspect, "show what a checkpoint holds")
+    _add_checkpoint(parser)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--verify", action="store_true", help="check every sha256")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_evaluate(commands) -> None:
+    parser = _command(commands, "evaluate", run_evaluate, "held-out loss of a checkpoint, beside a bigram baseline")
+    _add_checkpoint(parser)
+    parser.add_argument("--data", help="prepared dataset directory (default: the one it was trained on)")
+    parser.add_argument("--bigram", action="store_true", help="also the loss of a bigram model with its best smoothing")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_plot(commands) -> None:
+    parser = _command(commands, "plot", run_plot, "plot a run's loss curve as a PNG")
+    parser.add_argument("run_dir", help="the run's directory (run.dir)")
+    parser.add_argument("--output", help="PNG to write (default: RUN_DIR/loss.png)")
+    parser.add_argument("--baseline", type=float, help="draw a horizontal line at this loss")
+
+
+def _add_prepare(commands) -> None:
+    parser = _command(commands, "prepare", run_prepare, "turn raw text into a dataset of tokens", PREPARE_HELP)
+    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="FILE_OR_GLOB",
+                        help="text or .jsonl files (also .gz), globs, or the word `embedded`: the English that comes "
+                             "with Python (its topics and docstrings, 2.2 MB)")
+    parser.add_argument("--output", required=True, help="directory to create: train/, val/, tokenizer/, report.json")
+    parser.add_argument("--tokenizer", required=True,
+                        help="bytes; gpt2; bpe:VOCAB (trained on the input); or a path: a directory with encoder.json "
+                             "and vocab.bpe, a .tiktoken file, a prepared dataset or a checkpoint's tokenizer/")
+    parser.add_argument("--text-field", default="text", help="JSONL: the field with the text (default: %(default)s)")
+    parser.add_argument("--document-separator", metavar="TEXT",
+                        help="plain text: `blank-line`, or a text such as <|endoftext|>; default: a file is a document")
+    parser.add_argument("--max-document-chars", type=int, default=1_000_000,
+                        help="cut longer plain-text documents at the next paragraph (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default: 0.05)")
+    parser.add_argument("--min-chars", type=int, default=1, help="drop shorter documents (default: %(default)s)")
+    parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep exact duplicates")
+    parser.add_argument("--no-normalize", dest="normalize", action="store_false", help="leave Unicode as it is")
+    parser.add_argument("--workers", type=int, help="threads that tokenize (default: the cores)")
+    parser.add_argument("--shard-tokens", type=int, help="tokens of a shard file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
+    parser.add_argument("--seed", type=int, default=0, help="key of the held-out split")
+
+
+def _add_generate(commands) -> None:
+    parser = _command(commands, "generate", run_generate, "continue prompts with a trained model", GENERATE_HELP)
+    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompts-file", help="a prompt a line; .jsonl: a JSON string or {\"prompt\": ...} a line")
+    parser.add_argument("--examples", help="few-shot: JSONL with input and output; the prompt is the query")
+    parser.add_argument("--template", default="{input} -> {output}\n", help="few-shot: how an example is written")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
+    parser.add_argument("--stop", action="append", default=[], help="end where this text appears (repeatable)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
+    parser.add_argument("--json", action="store_true", help="a JSON object a prompt instead of streamed text")
+
+
+def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gptdist.train_command import train
+
+    return train(args.config, overrides, debug=args.debug)
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from gptdist.data.prepare import PrepareConfig, prepare
+    from gptdist.data.progress import progress_bar
+
+    names = [field.name for field in dataclasses.fields(PrepareConfig)]
+    config = PrepareConfig(**{name: value for name in names if (value := getattr(args, name)) is not None})
+    with progress_bar() as progress:
+        report = prepare(config, progress)
+    for name, counts in report["filters"].items():
+        print(f"{name}: {counts['documents_in']:,} -> {counts['documents_out']:,} documents, "
+              f"{counts['characters_in']:,} -> {counts['characters_out']:,} characters")
+    for split in ("train", "val"):
+        if counts := report["split"].get(split):
+            print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    print(f"{report['characters_per_token']:.2f} characters per token, "
+          f"{report['speed']['tokens_per_s']:,.0f} tokens/s; report: {config.output}/report.json")
+    return EXIT_DONE
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    import torch
+
+    from gptdist.checkpoint.layout import resolve
+    from gptdist.checkpoint.restore import load_model
+    from gptdist.generate import Generator, Sampling, few_shot_prompt, read_examples, read_prompts
+
+    sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                        top_p=args.top_p, repetition_penalty=args.repetition_penalty, stop=tuple(args.stop),
+                        seed=args.seed)
+    prompts = [args.prompt] if args.prompts_file is None else read_prompts(args.prompts_file)
+    if args.examples:
+        examples = read_examples(args.examples)
+        prompts = [few_shot_prompt(examples, prompt, args.template) for prompt in prompts]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model, tokenizer, _ = load_model(resolve(args.checkpoint, args.which), device=_device(args.device), dtype=dtype)
+    generator = Generator(model, tokenizer)
+    if len(prompts) == 1 and not args.json:
+        print(prompts[0], end="", flush=True)
+        for text in generator.stream(prompts[0], sampling):
+            print(text, end="", flush=True)
+        print()
+        return EXIT_DONE
+    for prompt, completion in zip(prompts, generator.generate(prompts, sampling), strict=True):
+        if args.json:
+            print(json.dumps({"prompt": prompt, "completion": completion.text, "finish": completion.finish}))
+        else:
+            print(f"--- {prompt}\n{completion.text}\n")
+    return EXIT_DONE
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MissingError(f"--device {name}, but torch sees no GPU: see `gptdist doctor`, or use --device cpu")
+    return name
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from gptdist.checkpoint.layout import resolve
+    from gptdist.evaluate.perplexity import evaluate_checkpoint
+
+    result = evaluate_checkpoint(resolve(args.checkpoint, args.which), args.data, device=_device(args.device),
+                                 bigram=args.bigram)
+    if args.json:
+        print(json.dumps(result))
+        return EXIT_DONE
+    print(f"checkpoint       {result['checkpoint']}")
+    print(f"held-out loss    {result['loss']:.4f} nats per token (perplexity {result['perplexity']:.2f}) "
+          f"over {result['targets']:,} tokens of {result['data']}")
+    if args.bigram:
+        print(f"bigram model     {result['bigram_loss']:.4f} nats per token ({result['bigram_smoothing']})")
+        print(f"better by        {result['margin']:.4f} nats per token")
+    return EXIT_DONE
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gptdist.metrics import plot_losses
+
+    output = Path(args.output) if args.output else Path(args.run_dir) / "loss.png"
+    plot_losses(Path(args.run_dir), output, args.baseline)
+    print(output)
+    return EXIT_DONE
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from gptdist.checkpoint.inspect import describe, print_description
+
+    description = describe(args.checkpoint, args.which, verify=args.verify)
+    if args.json:
+        print(json.dumps(description))
+    else:
+        print_description(description, tensors=args.tensors)
+    return EXIT_DONE
+
+
+def run_config(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gptdist import config
+
+    if args.config is None and not overrides:
+        print(config.show(), end="")
+    else:
+        print(config.to_yaml(config.load(args.config, overrides)), end="")
+    return EXIT_DONE
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from gptdist import doctor
+
+    return doctor.run(json=args.json)
+
+
+TAKES_OVERRIDES = (run_train, run_config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. User errors are one line on stderr, without a traceback."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run not in TAKES_OVERRIDES:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return args.run(args, rest) if args.run in TAKES_OVERRIDES else args.run(args)
+    except (UserError, MissingError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"gptdist {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not an error, and nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        print(f"gptdist {args.command}: interrupted", file=sys.stderr)
+        return EXIT_BUG

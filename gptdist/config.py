@@ -1,0 +1,391 @@
+"""The configuration schema: frozen dataclasses, filled from YAML and `--section.key=value`.
+
+These dataclasses are the only schema. Every field carries its meaning, which `gptdist config --show` prints. An unknown
+key is an error that names the nearest known one; an impossible value is an error that says what would be possible.
+The resolved configuration is stored in every checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gptdist.errors import UserError
+
+
+def _option(default: Any, doc: str) -> Any:
+    """A dataclass field with its meaning attached."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the GPT: pre-LN blocks with tanh GELU, as GPT-2."""
+
+    vocab_size: int | None = _option(None, "number of token ids; null: taken from the dataset's tokenizer")
+    vocab_multiple: int = _option(128, "vocab_size is rounded up to this multiple (padded logits are -inf)")
+    context: int = _option(256, "longest sequence in tokens; the training window")
+    width: int = _option(256, "channels of the residual stream")
+    n_layers: int = _option(4, "transformer blocks")
+    n_heads: int = _option(4, "query heads; must divide width")
+    n_kv_heads: int | None = _option(None, "key/value heads (grouped-query attention); null: as many as n_heads")
+    mlp_ratio: float = _option(4.0, "hidden width of the MLP over width")
+    positions: Literal["learned", "rope"] = _option("learned", "learned position table (GPT-2) or rotary embedding")
+    rope_theta: float = _option(10000.0, "base of the rotary frequencies")
+    tied: bool = _option(True, "output head shares the token embedding's weight")
+    bias: bool = _option(True, "biases in linear layers and layer norms")
+    qkv_bias: bool | None = _option(None, "bias in the qkv projection; null: as `bias`")
+    norm_eps: float = _option(1e-5, "epsilon inside the layer norm's square root")
+    dropout: float = _option(0.0, "dropout probability: embeddings, attention weights, both residual branches")
+
+    def __post_init__(self) -> None:
+        for name in ("context", "width", "n_layers", "n_heads", "vocab_multiple"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}, expected at least 1")
+        _require(self.width % self.n_heads == 0,
+                 f"model.n_heads={self.n_heads} does not divide model.width={self.width}: "
+                 f"choose a width that is a multiple of {self.n_heads}")
+        _require(self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
+                 f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}")
+        _require(self.vocab_size is None or self.vocab_size > 0, f"model.vocab_size is {self.vocab_size}, expected > 0")
+        _require(0.0 <= self.dropout < 1.0, f"model.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        _require(self.hidden > 0, f"model.mlp_ratio={self.mlp_ratio} leaves no hidden units")
+        _require(self.positions == "learned" or self.head_dim % 2 == 0,
+                 f"model.positions=rope needs an even head dimension, got width/n_heads = {self.head_dim}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        return int(self.mlp_ratio * self.width)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
+        assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer before a model is built"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    path: str = _option("", "dataset directory written by `gptdist prepare` (holds train/, val/ and tokenizer/)")
+    shuffle: bool = _option(True, "visit the windows in a keyed random order, another one each epoch")
+    document_mask: bool = _option(False, "attention does not look across document borders inside a window")
+    workers: int = _option(1, "threads that read batches ahead; 0 reads in line. Never changes which tokens are seen")
+    skip: list[list[int]] = _option((), "sample ranges [start, stop) to leave out, e.g. after a loss spike")
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, f"data.workers is {self.workers}, expected 0 or more")
+        object.__setattr__(self, "skip", [list(pair) for pair in self.skip])
+        for pair in self.skip:
+            _require(len(pair) == 2 and 0 <= pair[0] <= pair[1],
+                     f"data.skip has {pair}, expected [start, stop) with 0 <= start <= stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The step: how many tokens, in which precision, how long."""
+
+    steps: int = _option(1000, "optimizer steps in the whole run")
+    tokens_per_step: int = _option(16384, "tokens of one optimizer step over all ranks; a multiple of model.context")
+    micro_batch: int = _option(8, "sequences per rank and forward pass; the rest is gradient accumulation")
+    precision: Literal["fp32", "bf16"] = _option(
+        "fp32", "bf16: bf16 compute; master weights and gradient reduction in fp32")
+    grad_clip: float = _option(1.0, "clip the global gradient norm to this; 0: off")
+    activation_checkpointing: Literal["none", "full"] | int = _option(
+        "none", "recompute in backward: none, full (every block), or n: every n-th block")
+    compile: bool = _option(False, "torch.compile each block")
+    max_bad_steps: int = _option(10, "stop after this many consecutive steps whose gradient is not finite")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens_per_step", "micro_batch", "max_bad_steps"):
+            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected at least 1")
+        _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
+        _require(not isinstance(self.activation_checkpointing, int) or self.activation_checkpointing > 0,
+                 f"train.activation_checkpointing is {self.activation_checkpointing}, expected none, full or n >= 1")
+
+    @property
+    def checkpoint_every_block(self) -> int:
+        """0: keep all activations; n: recompute every n-th block."""
+        named = {"none": 0, "full": 1}
+        return named.get(self.activation_checkpointing, self.activation_checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter, 2019); decay on matrices only."""
+
+    lr: float = _option(6e-4, "peak learning rate")
+    beta1: float = _option(0.9, "decay of the first moment")
+    beta2: float = _option(0.95, "decay of the second moment")
+    eps: float = _option(1e-8, "added to the root of the second moment")
+    weight_decay: float = _option(0.1, "decoupled weight decay on tensors with two or more dimensions")
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr is {self.lr}, expected > 0")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}, expected 0 <= beta < 1")
+        _require(self.eps > 0, f"optim.eps is {self.eps}, expected > 0")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}, expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a factor of optim.lr."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = _option(
+        "cosine", "shape after warmup; wsd: warmup, stable, then decay")
+    warmup_steps: int = _option(0, "linear warmup from 0 over this many steps")
+    min_ratio: float = _option(0.1, "final learning rate over optim.lr")
+    decay_fraction: float = _option(0.2, "wsd only: share of the steps spent in the final linear decay")
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}, expected 0 or more")
+        _require(0 <= self.min_ratio <= 1, f"schedule.min_ratio is {self.min_ratio}, expected 0 <= min_ratio <= 1")
+        _require(0 < self.decay_fraction <= 1, f"schedule.decay_fraction is {self.decay_fraction}, expected in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the processes."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = _option(
+        "auto", "single: one process; ddp: a replica per rank; fsdp: sharded (FSDP2); auto: single or fsdp")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: cuda where a GPU is visible")
+    reshard_after_forward: bool = _option(True, "fsdp: free the gathered weights of a block after its forward (ZeRO-3)")
+    threads: int = _option(0, "CPU threads per process; 0: cores of this host / processes on it")
+    timeout_s: int = _option(1800, "seconds after which a collective that does not finish ends the run")
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, f"parallel.threads is {self.threads}, expected 0 or more")
+        _require(self.timeout_s > 0, f"parallel.timeout_s is {self.timeout_s}, expected > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during the run."""
+
+    every: int = _option(100, "steps between evaluations (one more at the end); 0: only at the end")
+    tokens: int = _option(0, "validation tokens per evaluation; 0: the whole held-out split")
+    micro_batch: int = _option(16, "sequences per rank and forward pass")
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0 and self.tokens >= 0, "eval.every and eval.tokens are expected to be 0 or more")
+        _require(self.micro_batch > 0, f"eval.micro_batch is {self.micro_batch}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved when, and what the run starts from."""
+
+    every: int = _option(500, "steps between checkpoints (one more at the end); 0: only at the end")
+    keep_last: int = _option(2, "how many of the newest checkpoints are kept")
+    keep_best: bool = _option(True, "also keep the checkpoint with the lowest validation loss")
+    resume: str = _option("auto", "auto: the run's newest complete checkpoint, if any; never; or a checkpoint's path")
+    init_from: str | None = _option(None, "start from this checkpoint's weights only: fresh optimizer, step 0")
+    verify: bool = _option(True, "check every sha256 before loading")
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every is {self.every}, expected 0 or more")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and what it reports."""
+
+    dir: str = _option("runs/default", "the run's directory: checkpoints/, metrics.jsonl, exit.json, tensorboard/")
+    seed: int = _option(1337, "seeds initialisation, sample order and dropout")
+    log_every: int = _option(10, "steps between printed lines (metrics.jsonl has every step)")
+    tensorboard: bool = _option(True, "write TensorBoard scalars to RUN_DIR/tensorboard")
+    wandb: str | None = _option(None, "Weights & Biases project to log to (needs the wandb package)")
+
+    def __post_init__(self) -> None:
+        _require(self.log_every > 0, f"run.log_every is {self.log_every}, expected at least 1")
+        _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}, expected 0 <= seed < 2^63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        context, tokens = self.model.context, self.train.tokens_per_step
+        _require(tokens % context == 0,
+                 f"train.tokens_per_step={tokens} is not a multiple of model.context={context}: "
+                 f"use {max(1, round(tokens / context)) * context}")
+        _require(self.schedule.warmup_steps <= self.train.steps,
+                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.context
+
+
+SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(values: dict[str, dict[str, Any]], where: str) -> Config:
+    """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
+    _check_keys(values, where)
+    return _parse(["--config", yaml.safe_dump(values)], where)
+
+
+def load(path: str | None, overrides: list[str] = ()) -> Config:
+    """Read a YAML file (None: all defaults), apply `--section.key=value` overrides.
+
+    Raises UserError for a missing or malformed file, an unknown key (names the nearest) or an impossible value.
+    """
+    arguments = []
+    if path is not None:
+        _check_keys(_read_yaml(path), path)
+        arguments += ["--config", path]
+    return _parse([*arguments, *_checked_overrides(list(overrides))], path or "command line")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML configuration") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected sections such as `model:` and `train:`")
+    return values
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _check_keys(values: dict[str, Any], where: str) -> None:
+    for section, fields in values.items():
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section {section!r}; {_nearest(str(section), list(SECTIONS))}")
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: section {section!r} is {fields!r}, expected keys such as {known[0]!r}")
+        for key in fields:
+            if key not in known:
+                raise UserError(f"{where}: unknown key {section}.{key}; {_nearest(str(key), known)}")
+
+
+def _checked_overrides(overrides: list[str]) -> list[str]:
+    """Overrides in the form --section.key=value; `--section.key value` is joined."""
+    result: list[str] = []
+    rest = iter(overrides)
+    for word in rest:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; overrides are written --section.key=value")
+        name, equals, value = word[2:].partition("=")
+        section, _, key = name.partition(".")
+        if not key:
+            raise UserError(f"unknown option {word!r}; overrides are written --section.key=value, "
+                            f"sections: {', '.join(SECTIONS)}")
+        _check_keys({section: {key: None}}, "command line")
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"--{name} has no value; write --{name}=value")
+        result.append(f"--{name}={value}")
+    return result
+
+
+def _parse(arguments: list[str], where: str) -> Config:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(f"{where}: {_plain_error(error)}") from error
+    values = values.as_dict()
+    return Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
+
+
+def _plain_error(error: Exception) -> str:
+    """jsonargparse's words in one line: `train.precision is 'fp8', expected 'fp32' | 'bf16'`."""
+    text = " ".join(str(error).split())
+    match = re.match(r'Parser key "(.+?)":.*?Expected an? (.+?)\. Got value: (.*)', text)
+    if not match:
+        return text[:400]
+    key, expected, got = match.groups()
+    expected = re.sub(r"<class '(\w+)'>", r"\1", expected).replace("typing.", "")
+    expected = re.sub(r"Literal\[(.*?)\]", lambda m: m.group(1).replace(", ", " | "), expected)
+    return f"{key} is {got[:80]!r}, expected {expected}"
+
+
+def show() -> str:
+    """All defaults as a YAML file with every field's meaning: itself a valid configuration."""
+    lines = ["# gptdist configuration: every field, its default, its meaning."]
+    for name, section in SECTIONS.items():
+        lines += ["", f"# {section.__doc__}", f"{name}:"]
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            default = [] if field.default == () else field.default
+            value = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+            lines.append(f"  {field.name}: {value}  # {field.metadata['doc']} [{_type_name(hints[field.name])}]")
+    return "\n".join(lines) + "\n"
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is None:
+        return hint.__name__.replace("NoneType", "null")
+    if typing.get_origin(hint) is list:
+        return str(hint)
+    return " | ".join(_type_name(part) for part in typing.get_args(hint))

@@ -1,0 +1,75 @@
+"""The embedded English corpus: documentation text that every Python installation carries.
+
+`pydoc_data.topics` (the language reference as plain text) and the docstrings of the standard library, about
+2.2 MB together. It lets every example and test run with no download. Sources are parsed, never imported.
+"""
+
+import ast
+import functools
+import inspect
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+# Third-party code; test suites (strings written to break parsers, not English); demos and tables with little text;
+# packages that newer Pythons have dropped, so that versions differ less.
+_SKIPPED_DIRECTORIES = {
+    *("site-packages", "dist-packages", "__pycache__", "pydoc_data"),
+    *("test", "tests", "idle_test"),
+    *("turtledemo", "encodings", "idlelib"),
+    *("distutils", "lib2to3"),
+}
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def embedded_documents() -> Iterator[str]:
+    """Yield the documents of the embedded corpus: each pydoc topic, then each module's docstrings.
+
+    The order is fixed (topics by name, modules by path), so the corpus is the same on every run of one Python
+    version; another version of Python has slightly different text.
+    """
+    yield from _all_documents()
+
+
+@functools.cache  # parsing takes about a second, and training a tokenizer on the corpus reads it twice
+def _all_documents() -> tuple[str, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = (_module_document(path, root) for path in sorted(_source_files(root)))
+    return *_topic_documents(root / "pydoc_data" / "topics.py"), *filter(None, modules)
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if name not in _SKIPPED_DIRECTORIES]
+        yield from (Path(directory, name) for name in names if name.endswith(".py"))
+
+
+def _topic_documents(path: Path) -> Iterator[str]:
+    """Yield the texts of the one dict literal that pydoc_data.topics assigns."""
+    if not path.exists():  # Some distributions package it separately; the docstrings remain.
+        return
+    for statement in ast.parse(path.read_bytes()).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            topics = ast.literal_eval(statement.value)
+            yield from (inspect.cleandoc(topics[name]) for name in sorted(topics))
+
+
+def _module_document(path: Path, root: Path) -> str:
+    """Return all docstrings of one module in source order, each under its qualified name; '' if it has none."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # lib2to3 and friends ship files that are deliberately not Python 3.
+        return ""
+    module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _docstrings(tree, module))
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """Yield (qualified name, cleaned docstring) of a module, class or function and of all it contains."""
+    docstring = ast.get_docstring(node, clean=True)
+    if docstring:
+        yield name, docstring
+    for child in node.body:
+        if isinstance(child, _DEFINITIONS):
+            yield from _docstrings(child, f"{name}.{child.name}")

@@ -1,0 +1,236 @@
+"""Tokenizers: one class over `tiktoken.Encoding`, saved beside every dataset and checkpoint.
+
+A tokenizer is (split pattern, byte-level BPE ranks, special tokens); `Tokenizer.hash` is the sha256 of those three
+and identifies it: a dataset and a model belong together when their hashes are equal.
+Building one from a file, a download or by training is in `tokenizer_build`; `build_tokenizer` is re-exported here.
+"""
+
+import base64
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from gptdist.errors import UserError
+
+EOT = "<|endoftext|>"
+FORMAT = 1
+# GPT-2's split pattern as tiktoken writes it: possessive quantifiers, so that it never backtracks within a word.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# `\s+(?!\S)` needs one backtracking entry per character; tiktoken 0.14 panics between 512 000 and 1 024 000 of them.
+_LONG_WHITESPACE = 65_536
+
+
+class Tokenizer:
+    """Byte-level BPE with special tokens; any text encodes and decodes without loss (valid UTF-8).
+
+    Ids are `ranks` (a rank is an id) and `specials`; `vocab_size` is the largest id + 1.
+    """
+
+    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = GPT2_PATTERN):
+        if EOT not in specials:
+            raise ValueError(f"tokenizer {name}: specials must have {EOT}, got {sorted(specials)}")
+        if len({*ranks.values(), *specials.values()}) != len(ranks) + len(specials):
+            raise ValueError(f"tokenizer {name}: two tokens have the same id")
+        self.name = name
+        self.pattern = pattern
+        self.ranks = ranks
+        self.specials = dict(specials)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._encoding.max_token_value + 1
+
+    @property
+    def eot(self) -> int:
+        """Id of <|endoftext|>, which ends every document."""
+        return self.specials[EOT]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) over pattern, ranks and specials; the name does not count."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.pattern, sorted(self.specials.items())]).encode())
+        digest.update(_ranks_to_lines(self.ranks))
+        return digest.hexdigest()
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Return the ids of `text`. Special tokens written in the text are plain text unless `allow_special`."""
+        if allow_special:
+            return [i for part in _safe_parts(text) for i in self._encoding.encode(part, allowed_special="all")]
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of `text` as uint32 (n_tokens,), special tokens as plain text. Releases the GIL."""
+        arrays = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _safe_parts(text)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Encode many texts on `threads` threads, in order; special tokens as plain text."""
+        if threads <= 1:
+            return [self.encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token. Raises ValueError for an id outside the vocabulary."""
+        try:
+            return self._encoding.decode_single_token_bytes(int(token_id))
+        except (KeyError, OverflowError):
+            raise ValueError(
+                f"token id {int(token_id)} is not in tokenizer {self.name} (vocab_size {self.vocab_size})"
+            ) from None
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer.tiktoken` (tiktoken's rank format) into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by file name."""
+        header = {
+            "format": FORMAT,
+            "kind": "tiktoken",
+            "name": self.name,
+            "pattern": self.pattern,
+            "specials": self.specials,
+            "vocab_size": self.vocab_size,
+            "hash": self.hash,
+        }
+        return {"tokenizer.tiktoken": _ranks_to_lines(self.ranks),
+                "tokenizer.json": (json.dumps(header, indent=2) + "\n").encode()}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer":
+        """Read what `save` wrote. Raises UserError when a file is missing, unreadable or altered."""
+        header_path = Path(directory) / "tokenizer.json"
+        header = _read_header(header_path)
+        ranks = read_ranks(Path(directory) / "tokenizer.tiktoken")
+        tokenizer = cls(name=header["name"], ranks=ranks, specials=header["specials"], pattern=header["pattern"])
+        if tokenizer.hash != header["hash"]:
+            raise UserError(
+                f"{header_path}: the tokenizer files were altered (hash {tokenizer.hash[:12]}, "
+                f"expected {header['hash'][:12]}); restore both files from where they were made"
+            )
+        return tokenizer
+
+
+class StreamDecoder:
+    """Decodes one id at a time and holds back the bytes of an incomplete UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that `token_id` completes; '' while a character is incomplete."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """Return what is still held back (U+FFFD for an incomplete character), at the end of a text."""
+        return self._decoder.decode(b"", final=True)
+
+
+def extend(tokenizer: Tokenizer, specials: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer with `specials` added after the last id; names that it already has keep their ids."""
+    merged = dict(tokenizer.specials)
+    next_id = tokenizer.vocab_size
+    for name in specials:
+        if name not in merged:
+            merged[name] = next_id
+            next_id += 1
+    return Tokenizer(name=tokenizer.name, ranks=tokenizer.ranks, specials=merged, pattern=tokenizer.pattern)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read a `.tiktoken` file: a line is base64(token), space, rank. Raises UserError naming the bad line.
+
+    `tiktoken.load.load_tiktoken_bpe` is not used: it caches files by path and would return a stale copy.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the tokenizer's ranks ({error.strerror})") from error
+    ranks = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected 'base64-token rank', got {line[:40]!r}") from None
+    check_has_all_bytes(ranks, path)
+    return ranks
+
+
+def check_has_all_bytes(ranks: dict[bytes, int], where: Path) -> None:
+    """Raise UserError unless every single byte is a token; otherwise some text could not be encoded."""
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of the 256 byte tokens are missing (first: 0x{missing[0]:02x}); "
+            "expected a complete byte-level BPE vocabulary"
+        )
+
+
+def _ranks_to_lines(ranks: dict[bytes, int]) -> bytes:
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def _read_header(path: Path) -> dict:
+    try:
+        header = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected a directory written by Tokenizer.save") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    missing = {"format", "name", "pattern", "specials", "hash"} - set(header if isinstance(header, dict) else ())
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; expected a file written by Tokenizer.save")
+    if header["format"] != FORMAT:
+        raise UserError(f"{path}: format {header['format']} is unknown, expected {FORMAT}; update gptdist")
+    return header
+
+
+def _safe_parts(text: str) -> Iterator[str]:
+    """Yield `text` in parts without a whitespace run so long that tiktoken panics; nearly always one part.
+
+    Any run of 2 * _LONG_WHITESPACE characters covers one whole aligned block, so looking at blocks finds it cheaply.
+    """
+    blocks = range(0, len(text) - _LONG_WHITESPACE + 1, _LONG_WHITESPACE)
+    if not any(text[i : i + _LONG_WHITESPACE].isspace() for i in blocks):
+        yield text
+        return
+    start = 0
+    for run in re.finditer(rf"\s{{{_LONG_WHITESPACE},}}", text):
+        # The cut leaves at least one character of the run: GPT-2's pattern gives the last space to the next word.
+        for cut in range(run.start() + _LONG_WHITESPACE, run.end(), _LONG_WHITESPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def build_tokenizer(spec: str, texts: Iterable[str] | None = None, pattern: str = GPT2_PATTERN) -> Tokenizer:
+    """Build a tokenizer from `bytes`, `gpt2`, `bpe:VOCAB` or a path; see `tokenizer_build.build`."""
+    from gptdist.data.tokenizer_build import build
+
+    return build(spec, texts, pattern)

@@ -1,0 +1,256 @@
+"""Writes dataset directories: streamed, hashed on the way, complete or not there at all."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from gptdist.data.format import FORMAT, INDEX_DTYPE, META_NAME, STREAM_DTYPES, stream_file, token_dtype
+from gptdist.errors import UserError
+
+DEFAULT_SHARD_TOKENS = 100_000_000
+_BUFFER_TOKENS = 1 << 20
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextmanager
+def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a new directory beside `path`; rename it to `path` when the block ends well, remove it when it does not.
+
+    An existing non-empty `path` is refused unless `overwrite`, and then only if it is a dataset (has meta.json or
+    report.json). It is moved aside before the rename and put back should the rename fail; between the two renames
+    `path` does not exist for a moment. Every file is flushed to disk before the rename.
+    """
+    path = Path(os.path.abspath(path))
+    _check_output(path, overwrite)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output") from error
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _move_into_place(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+            raise UserError(f"{path}: writing failed ({error}); nothing was left behind") from error
+        raise
+
+
+class ShardWriter:
+    """Writes the streams and the document index of one shard, hashing as it goes."""
+
+    def __init__(self, directory: Path, name: str, streams: dict[str, str]):
+        """streams: stream name -> dtype name, as in meta.json."""
+        self.n_tokens = 0
+        self._directory = directory
+        self._name = name
+        self._files = {
+            stream: HashingFile(directory / stream_file(name, stream), STREAM_DTYPES[dtype])
+            for stream, dtype in streams.items()
+        }
+        self._index = HashingFile(directory / f"{name}.idx", INDEX_DTYPE)
+        self._n_documents = 0
+
+    def add(self, document: dict[str, np.ndarray]) -> None:
+        """Append one document: stream name -> (n_tokens,)."""
+        self._index.write(np.array([self.n_tokens], INDEX_DTYPE))
+        self._n_documents += 1
+        for stream, file in self._files.items():
+            file.write(document[stream])
+        self.n_tokens += len(document["tokens"])
+
+    def close(self) -> dict:
+        """Flush to disk and return this shard's entry of meta.json."""
+        files = [*self._files.values(), self._index]
+        return {
+            "name": self._name,
+            "n_tokens": self.n_tokens,
+            "n_documents": self._n_documents,
+            "files": {file.path.name: file.close() for file in files},
+        }
+
+    def abort(self) -> None:
+        for file in [*self._files.values(), self._index]:
+            file.abort()
+
+
+class HashingFile:
+    """A file of one dtype that collects small arrays, and hashes what it writes."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path = path
+        self._dtype = dtype
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close or abort)
+        self._digest = hashlib.sha256()
+        self._pending: list[np.ndarray] = []
+        self._n_pending = 0
+        self._size = 0
+
+    def write(self, values: np.ndarray) -> None:
+        self._pending.append(values)
+        self._n_pending += len(values)
+        if self._n_pending >= _BUFFER_TOKENS:
+            self._flush()
+
+    def close(self) -> dict:
+        """Flush to disk; return {size in bytes, sha256}."""
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+    def abort(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            raw = np.concatenate(self._pending).astype(self._dtype, copy=False).tobytes()
+            self._digest.update(raw)
+            view = memoryview(raw)
+            while view:  # a raw file may write less than it was given
+                view = view[self._file.write(view) :]
+            self._size += len(raw)
+        self._pending, self._n_pending = [], 0
+
+
+class DatasetWriter:
+    """Writes one split directory, a new shard whenever the next document would exceed `shard_tokens`.
+
+    Documents are never cut, so a shard is larger than `shard_tokens` only if it is one document.
+    Used as a context manager: leaving normally writes meta.json; an exception closes the files. Pass a directory
+    from `atomic_directory`, or use `write_dataset`, for the all-or-nothing guarantee.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tokenizer_hash: str,
+        vocab_size: int,
+        eot: int,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        loss_mask: bool = False,
+    ):
+        if shard_tokens < 1:
+            raise UserError(f"shard_tokens is {shard_tokens}, expected at least 1")
+        self.n_tokens = 0
+        self.n_documents = 0
+        self.dtype = token_dtype(vocab_size)
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._identity = {"tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size, "eot": eot}
+        self._shard_tokens = shard_tokens
+        self._streams = {"tokens": self.dtype} | ({"loss_mask": "uint8"} if loss_mask else {})
+        self._shard: ShardWriter | None = None
+        self._shards: list[dict] = []
+
+    def add(self, tokens: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
+        """Append one document, ids (n_tokens,) with n_tokens >= 1, and its loss mask (n_tokens,) of 0 and 1.
+
+        Raises ValueError when ids are out of range or the mask does not fit.
+        """
+        document = self._checked(tokens, loss_mask)
+        if self._shard is not None and self._shard.n_tokens + len(tokens) > self._shard_tokens:
+            self._shards.append(self._shard.close())
+            self._shard = None
+        if self._shard is None:
+            self._shard = ShardWriter(self._directory, f"shard-{len(self._shards):05d}", self._streams)
+        self._shard.add(document)
+        self.n_tokens += len(tokens)
+        self.n_documents += 1
+
+    def close(self) -> dict:
+        """Finish the last shard, write meta.json and return what it says."""
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+        meta = {
+            "format": FORMAT,
+            **self._identity,
+            "dtype": self.dtype,
+            "n_tokens": self.n_tokens,
+            "n_documents": self.n_documents,
+            "streams": self._streams,
+            "shards": self._shards,
+        }
+        (self._directory / META_NAME).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        return meta
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is None:
+            self.close()
+        elif self._shard is not None:
+            self._shard.abort()
+
+    def _checked(self, tokens: np.ndarray, loss_mask: np.ndarray | None) -> dict[str, np.ndarray]:
+        vocab_size = self._identity["vocab_size"]
+        if len(tokens) == 0:
+            raise ValueError("a document has no tokens, expected at least its eot")
+        if tokens.max() >= vocab_size or (tokens.dtype.kind != "u" and tokens.min() < 0):
+            raise ValueError(f"token ids are in [{tokens.min()}, {tokens.max()}], expected [0, {vocab_size})")
+        document = {"tokens": tokens.astype(STREAM_DTYPES[self.dtype], copy=False)}
+        if (loss_mask is not None) != ("loss_mask" in self._streams):
+            raise ValueError(f"loss_mask {'given' if loss_mask is not None else 'missing'}; streams: {self._streams}")
+        if loss_mask is not None:
+            if loss_mask.shape != tokens.shape:
+                raise ValueError(f"loss_mask has shape {loss_mask.shape}, expected {tokens.shape}")
+            document["loss_mask"] = loss_mask.astype(np.uint8)
+        return document
+
+
+@contextmanager
+def write_dataset(path: str | Path, *, overwrite: bool = False, **settings) -> Iterator[DatasetWriter]:
+    """Write the split directory `path` atomically; `settings` are DatasetWriter's."""
+    with atomic_directory(path, overwrite) as temporary, DatasetWriter(temporary, **settings) as writer:
+        yield writer
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.is_file():
+        raise UserError(f"{path}: is a file, expected a directory to create; choose another output")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{path}: exists and is not empty; choose another output, or ask to overwrite it")
+    if not any((path / name).exists() for name in (META_NAME, "report.json")):
+        raise UserError(f"{path}: is not a dataset (no {META_NAME} or report.json), so it is not overwritten")
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    aside = temporary.with_name(temporary.name + ".old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

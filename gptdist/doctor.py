@@ -1,0 +1,190 @@
+"""gptdist doctor: what this machine offers, which implementation of each op runs on it, and why.
+
+`collect()` gives everything as JSON-ready data; `run(json)` prints it, as tables or as JSON, and returns the exit code.
+Nothing here fails because something is missing: what is missing is the answer.
+"""
+
+import importlib.metadata
+import json as jsonlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .errors import EXIT_DONE
+from .ops import backends
+
+CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+PACKAGES = ("deepspeed", "numpy", "tiktoken", "tokenizers", "safetensors", "transformers", "triton")
+ISA_NAMES = ("portable", "avx2", "avx512")
+
+
+def _version_line(command: list[str]) -> str | None:
+    """The first non-empty line a tool prints about its version; None if it is not there."""
+    path = shutil.which(command[0])
+    if path is None:
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path}: does not run ({error})"
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    if result.returncode != 0 or not lines:
+        return f"{path}: --version exits with {result.returncode}"
+    return f"{lines[-1] if 'nvcc' in command[0] else lines[0]} ({path})"
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict:
+    flags, model = [], platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = {}
+        for line in info.read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+        model = fields.get("model name", model)
+        present = set((fields.get("flags") or fields.get("Features") or "").split())
+        flags = [flag for flag in CPU_FEATURES if flag in present]
+    return {
+        "model": model,
+        "features": flags,
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _devices() -> list[dict]:
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return devices
+
+
+def _cuda_reason() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return ""
+
+
+def _ops() -> list[dict]:
+    """Per op and device type: the backend that runs, and the reason."""
+    rows = []
+    for op in backends.OPS:
+        row = {"op": op}
+        for device_type in ("cpu", "cuda"):
+            choice = backends.choose(op, device_type)
+            missing = _cuda_reason() if device_type == "cuda" else ""
+            row[device_type] = {
+                "backend": "none" if missing else choice.backend,
+                "reason": missing or choice.reason,
+            }
+        rows.append(row)
+    return rows
+
+
+def _library() -> dict:
+    problem = backends.library_problem()
+    isa = None if problem else ISA_NAMES[torch.ops.gptdist_c.cpu_isa(-1)]
+    return {"path": str(backends.LIBRARY) if not problem else None, "problem": problem or None, "cpu_kernels": isa}
+
+
+def _distributed() -> dict:
+    available = torch.distributed.is_available()
+    return {
+        "gloo": available and torch.distributed.is_gloo_available(),
+        "nccl": available and torch.distributed.is_nccl_available(),
+    }
+
+
+def collect() -> dict:
+    """Everything doctor knows, as JSON-ready data."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    return {
+        "gptdist": _package_version("gptdist"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "git": torch.version.git_version[:10],
+        },
+        "cpu": _cpu(),
+        "devices": _devices(),
+        "tools": {
+            "compiler": _version_line([*compiler, "--version"]),
+            "nvcc": _version_line(["nvcc", "--version"]),
+            "ninja": _version_line(["ninja", "--version"]),
+        },
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "distributed": _distributed(),
+        "library": _library(),
+        "GPTDIST_OPS": os.environ.get("GPTDIST_OPS", ""),
+        "ops": _ops(),
+    }
+
+
+def _summary(found: dict) -> list[tuple[str, str]]:
+    """Rows of the first table."""
+    cpu, library = found["cpu"], found["library"]
+    devices = [f"{d['device']} {d['name']}, {d['memory_gib']} GiB, sm {d['capability']}" for d in found["devices"]]
+    rows = [
+        ("gptdist", found["gptdist"] or "not installed (running from its source)"),
+        ("python", f"{found['python']} on {found['platform']}"),
+        ("torch", f"{found['torch']['version']}, CUDA {found['torch']['cuda'] or 'not built in'}"),
+        ("devices", "\n".join(devices) or f"cpu only: {_cuda_reason()}"),
+        ("cpu", f"{cpu['model']}: {' '.join(cpu['features']) or 'features unknown'}"),
+        ("threads", f"{cpu['torch_threads']} in torch, {cpu['usable_cores']} usable cores of {cpu['cores']}"),
+        *((name, value or "not found") for name, value in found["tools"].items()),
+        ("communication", ", ".join(name for name, there in found["distributed"].items() if there) or "none"),
+        *((name, value or "not installed") for name, value in found["packages"].items() if name == "deepspeed"),
+        ("C++ library", library["problem"] or f"{library['path']}, {library['cpu_kernels']} kernels"),
+    ]
+    return rows
+
+
+def _print_tables(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    summary = Table(show_header=False, title="gptdist doctor")
+    for name, value in _summary(found):
+        summary.add_row(name, value)
+    console.print(summary)
+    ops = Table("op", "on cpu", "why", "on cuda", "why", title="ops")
+    for row in found["ops"]:
+        ops.add_row(row["op"], *(row[device][field] for device in ("cpu", "cuda") for field in ("backend", "reason")))
+    console.print(ops)
+
+
+def run(json: bool = False) -> int:
+    """Print what `collect` finds, as tables or as one JSON object; returns the exit code."""
+    found = collect()
+    if json:
+        print(jsonlib.dumps(found, indent=2))
+    else:
+        _print_tables(found)
+    return EXIT_DONE

@@ -1,0 +1,44 @@
+"""Held-out loss of a checkpoint, beside the bigram baseline on the same tokens."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from gptdist.checkpoint.restore import load_model
+from gptdist.data.loader import eval_batches
+from gptdist.errors import UserError
+from gptdist.evaluate.bigram import bigram_loss, held_out_pairs
+from gptdist.tasks.pretrain import open_data
+
+
+@torch.inference_mode()
+def evaluate_checkpoint(checkpoint: Path, data: str | None, *, device: str = "cpu", bigram: bool = False,
+                        micro_batch: int = 16) -> dict:
+    """Loss (nats per token), perplexity and number of targets on the held-out split; with `bigram` its loss too.
+
+    data: a prepared directory; None: the one the checkpoint was trained on.
+    Raises UserError where the data has no held-out split or another tokenizer.
+    """
+    model, tokenizer, config = load_model(checkpoint, device=device)
+    path = data or config.data.path
+    train, val, data_tokenizer = open_data(path)
+    if data_tokenizer.hash != tokenizer.hash:
+        raise UserError(f"{path} was prepared with tokenizer {data_tokenizer.hash[:12]}, {checkpoint} was trained with "
+                        f"{tokenizer.hash[:12]}: prepare the data with --tokenizer {checkpoint / 'tokenizer'}")
+    if val is None:
+        raise UserError(f"{path} has no val/: prepare it with a held-out share above 0")
+
+    def batches():
+        return eval_batches(val, context=config.model.context, micro_batch=micro_batch, rank=0, world=1)
+
+    loss_sum, count = 0.0, 0
+    for batch in batches():
+        loss_sum += model(batch.tokens.to(device), batch.targets.to(device)).double().sum().item()
+        count += int((batch.targets >= 0).sum())
+    loss = loss_sum / count
+    result = {"checkpoint": str(checkpoint), "data": path, "loss": loss, "perplexity": math.exp(loss), "targets": count}
+    if bigram:
+        best = bigram_loss(train.window(0, len(train)), *held_out_pairs(batches()), tokenizer.vocab_size)
+        result |= {"bigram_loss": best.loss, "bigram_smoothing": best.smoothing, "margin": best.loss - loss}
+    return result

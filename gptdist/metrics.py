@@ -1,0 +1,118 @@
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, model FLOPs utilisation, the loss curve."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gptdist.config import ModelConfig, RunConfig
+from gptdist.errors import MissingError, UserError
+
+# Peak dense bf16 FLOP/s by device name, from the vendors' data sheets. An unknown device has no MFU rather than a
+# wrong one.
+PEAK_BF16_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+
+
+def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+    """Training FLOPs per token, forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
+
+    N leaves out the position table, which is looked up and never multiplied.
+    """
+    position_table = config.context * config.width if config.positions == "learned" else 0
+    return 6 * (n_parameters - position_table) + 12 * config.n_layers * config.width * config.context
+
+
+class Metrics:
+    """Writes one run's rows, on the main rank only. Rows past `start_step` from a run that died are dropped first."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, start_step: int, resolved: dict[str, Any]):
+        self.path = run_dir / "metrics.jsonl"
+        _truncate(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _tensorboard(run_dir, start_step) if config.tensorboard else None
+        self._wandb = _wandb(config.wandb, run_dir, resolved) if config.wandb else None
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        scalars = {name: v for name, v in values.items() if isinstance(v, float)}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": v for name, v in scalars.items()}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _truncate(path: Path, start_step: int) -> None:
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= start_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _tensorboard(run_dir: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+
+def _wandb(project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingError("run.wandb is set, but the wandb package is not installed: pip install wandb") from error
+    return wandb.init(project=project, dir=str(run_dir), config=resolved, resume="allow")
+
+
+def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> None:
+    """Write the loss curve of a run as a PNG; `baseline`: a horizontal line, in nats per token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{run_dir} has no metrics.jsonl: expected the directory of a training run (run.dir)")
+    rows = read_rows(path)
+    train = [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"]
+    evals = [(r["step"], r["val_loss"]) for r in rows if r["kind"] == "eval"]
+    if not train:
+        raise UserError(f"{path} has no training rows yet")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")
+    if evals:
+        axes.plot(*zip(*evals, strict=True), marker="o", markersize=3, label="validation")
+    if baseline is not None:
+        axes.axhline(baseline, linestyle="--", color="gray", label=f"bigram model ({baseline:.2f})")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,251 @@
+"""The GPT: token and position embeddings, pre-LN transformer blocks, a final norm.
+
+`GPT.forward` returns hidden states; `LanguageModel` adds the next-token head and loss. The model knows nothing of
+sharding: parallel/ wraps `GPT.blocks` and fills the parameters from `initial_values`, shard by shard.
+
+Shapes: B sequences, T positions, C = width, H = query heads, Hkv = key/value heads, G = H / Hkv, D = C / H.
+Sources: Radford et al. 2019 (GPT-2); Ainslie et al. 2023 (grouped queries); Su et al. 2021 (rotary positions).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gptdist import ops
+from gptdist.config import ModelConfig
+
+IGNORE = -100  # target id that has no loss
+
+# Initialisation, as GPT-2: every weight N(0, 0.02); the two projections into the residual stream of each block are
+# scaled by 1/sqrt(2 * n_layers), so that the stream's variance does not grow with depth; norms 1, biases 0.
+INIT_STD = 0.02
+INIT_CHUNK = 1 << 16  # values drawn per generator seed: what makes any slice of any parameter cheap to reproduce
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Everything a dropout mask depends on besides its place in the network (see ops.dropout)."""
+
+    p: float
+    key: Tensor  # () int64: mixes the run's seed and the step
+    sample_ids: Tensor  # (B,) int64: global sample numbers
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        return ops.dropout(x, self.p, key=self.key, sample_ids=self.sample_ids, site=site)
+
+
+class Cache(Protocol):
+    """What the model needs of a key/value cache; generate.PagedCache is the one implementation."""
+
+    lengths: Tensor  # (B,) int64: tokens in the cache before this call
+    block_table: Tensor
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block gets besides the hidden states."""
+
+    rope: tuple[Tensor, Tensor] | None = None  # cos, sin
+    dropout: Dropout | None = None
+    doc_start: Tensor | None = None  # (B, T) int32
+    cache: Cache | None = None
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int, *, bias: bool, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual) in one pass over memory."""
+        return ops.residual_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries.
+
+    `qkv.weight` is grouped per key/value head as [its G queries, k, v] x D, so its rows shard by heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.kv_heads, self.head_dim = config.kv_heads, config.head_dim
+        self.slots = config.n_heads // config.kv_heads + 2  # G queries, k, v
+        self.qkv = nn.Linear(config.width, self.kv_heads * self.slots * self.head_dim, bias=config.has_qkv_bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, context: Context, site: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.kv_heads, self.slots, self.head_dim)  # (B, T, Hkv, G+2, D)
+        if context.rope is not None:
+            qkv = ops.rope(qkv, *context.rope)
+        if context.cache is not None:
+            out = self._attend_cache(qkv, context.cache)
+        else:
+            drop = context.dropout
+            masked = {} if drop is None else dict(
+                dropout_p=drop.p, key=drop.key, sample_ids=drop.sample_ids, site=site)
+            out = ops.attention(qkv, doc_start=context.doc_start, **masked)
+        return self.proj(out.reshape(B, T, -1))  # (B, T, Hkv, G, D) -> (B, T, C)
+
+    def _attend_cache(self, qkv: Tensor, cache: Cache) -> Tensor:
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        k_pages, v_pages = cache.write(self.layer, k, v)
+        return ops.decode_attention(q, k_pages, v_pages, cache.block_table, cache.lengths)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.width, config.hidden, bias=config.bias)
+        self.proj = nn.Linear(config.hidden, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.fc.weight)  # the bias joins the GELU: one pass over memory less
+        return self.proj(ops.bias_gelu(hidden, self.fc.bias))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Dropout sites 3i+1 (weights), 3i+2 and 3i+3 (branches)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        norm = dict(bias=config.bias, eps=config.norm_eps)
+        self.layer = layer
+        self.recompute = False  # activation checkpointing, set by GPT.checkpoint_blocks
+        self.ln_1 = LayerNorm(config.width, **norm)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.width, **norm)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Dropout masks are a function of position, so no generator state needs to be restored.
+            return checkpoint(self._body, x, context, use_reentrant=False, preserve_rng_state=False)
+        return self._body(x, context)
+
+    def _body(self, x: Tensor, context: Context) -> Tensor:
+        drop, site = context.dropout, 3 * self.layer
+        branch = self.attn(self.ln_1(x), context, site + 1)
+        branch = branch if drop is None else drop(branch, site + 2)
+        normed, x = self.ln_2.add(branch, x)
+        branch = self.mlp(normed)
+        branch = branch if drop is None else drop(branch, site + 3)
+        return x + branch
+
+
+class GPT(nn.Module):
+    """Tokens in, hidden states out; tasks own heads and losses."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.ln_f = LayerNorm(config.width, bias=config.bias, eps=config.norm_eps)
+
+    def checkpoint_blocks(self, every: int) -> None:
+        """Recompute the activations of every n-th block in backward; 0: none."""
+        for i, block in enumerate(self.blocks):
+            block.recompute = every > 0 and i % every == 0
+
+    def hidden(self, tokens: Tensor, *, dropout: Dropout | None = None, doc_start: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the final norm.
+
+        doc_start (B, T) int32: first position each position may attend to. With a cache the tokens continue its rows.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions  # (B, T)
+        x = self.wte(tokens)
+        rope = None
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            rope = ops.rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        x = x if dropout is None else dropout(x, 0)
+        context = Context(rope=rope, dropout=dropout, doc_start=doc_start, cache=cache)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.ln_f(x)
+
+    forward = hidden
+
+
+class LanguageModel(GPT):
+    """GPT with a next-token head, tied to the token embedding or of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.head = None if config.tied else nn.Linear(config.width, config.padded_vocab, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor, *, dropout: Dropout | None = None,
+                doc_start: Tensor | None = None) -> Tensor:
+        """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE."""
+        hidden = self._compute_dtype(self.hidden(tokens, dropout=dropout, doc_start=doc_start))
+        losses = ops.linear_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(),
+            vocab_size=self.config.vocab_size, ignore_index=IGNORE)
+        return losses.view_as(targets).clone()  # FSDP's hooks want an output that is not a view
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., vocab_size) fp32."""
+        hidden = self._compute_dtype(hidden)
+        return F.linear(hidden, self.head_weight)[..., :self.config.vocab_size].float()
+
+    @staticmethod
+    def _compute_dtype(x: Tensor) -> Tensor:
+        """Custom ops are not autocast: the head's input is cast by hand."""
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def build_meta(config: ModelConfig, model_class: type[GPT] = LanguageModel) -> GPT:
+    """The model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    return sum(p.numel() for p in build_meta(config).parameters())
+
+
+def initial_values(name: str, shape: tuple[int, ...], start: int, count: int, *, n_layers: int, seed: int) -> Tensor:
+    """Initial values [start, start + count) of a parameter in row-major order: (count,) fp32 on the CPU.
+
+    A pure function of (seed, name, flat index), so every rank can draw just its shard and all world sizes agree.
+    """
+    if len(shape) == 1:
+        return torch.full((count,), 1.0 if name.endswith("weight") else 0.0)
+    std = INIT_STD / math.sqrt(2 * n_layers) if name.endswith("proj.weight") else INIT_STD
+    first, last = start // INIT_CHUNK, (start + count - 1) // INIT_CHUNK
+    chunks = [_normal_chunk(name, index, seed) for index in range(first, last + 1)] if count else []
+    values = torch.cat(chunks) if chunks else torch.empty(0)
+    offset = start - first * INIT_CHUNK
+    return values[offset:offset + count] * std
+
+
+def _normal_chunk(name: str, index: int, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(INIT_CHUNK, generator=generator)

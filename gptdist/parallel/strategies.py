@@ -1,0 +1,200 @@
+"""How a model is spread over the ranks: single, ddp, fsdp behind one protocol.
+
+A step: for each micro-batch `with strategy.micro_batch(is_last): strategy.backward(strategy(...))`, then `grad_norm()`,
+then `apply(lr, clip)` or `discard()`. Losses are sums over tokens; `backward` divides once by the global count.
+With the same global batch in fp32 every strategy gives the same loss curve.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gptdist import ops
+from gptdist.config import Config
+from gptdist.optim.adamw import slots
+from gptdist.parallel.init import fill_initial_values
+from gptdist.parallel.world import World
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+class Strategy:
+    """One process, and what the others share. `model` has plain parameter names; calling the strategy runs it."""
+
+    def __init__(self, world: World, config: Config):
+        self.world, self.config = world, config
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._norm: Tensor | None = None
+
+    def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
+        """Take a model on the meta device: shard it, give it memory and initial values, make its optimizer."""
+        model.checkpoint_blocks(self.config.train.checkpoint_every_block)
+        if self.config.train.compile:
+            for block in model.blocks:
+                block.compile()
+        self._shard(model)
+        model.to_empty(device=self.world.device)
+        self.model = model
+        fill_initial_values(model, seed=self.config.run.seed)
+        self._wrap()
+        if optimizer_factory is not None:
+            self.optimizer = optimizer_factory(self.trainable())
+
+    def _shard(self, model: nn.Module) -> None:
+        """Replace the parameters of the meta model by their shards."""
+
+    def _wrap(self) -> None:
+        """Wrap the materialised model for calling."""
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._compute():
+            return self._forward_module()(*args, **kwargs)
+
+    def _forward_module(self) -> nn.Module:
+        return self.model
+
+    def _compute(self) -> contextlib.AbstractContextManager:
+        bf16 = self.config.train.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around one forward and backward; gradients of all micro-batches are summed."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss_sum: Tensor, n_targets: int) -> None:
+        """Accumulate the gradient of (sum of losses over all ranks) / n_targets; n_targets is global."""
+        (loss_sum * (self._averages_over() / max(n_targets, 1))).backward()
+
+    def _averages_over(self) -> int:
+        """Ranks whose gradients the reduction averages, where the sum is wanted."""
+        return 1
+
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm of the gradient, () fp32 on the device."""
+        grads = [_local(p.grad) for _, p in self.trainable() if p.grad is not None]
+        self._norm = self._combine_norm(ops.grad_norm(grads))
+        return self._norm
+
+    def _combine_norm(self, local: Tensor) -> Tensor:
+        return local
+
+    def apply(self, lr: float, clip: float) -> None:
+        """Scale the gradient to a norm of at most `clip` (0: leave it), step, and drop the gradient."""
+        assert self._norm is not None, "grad_norm() comes before apply()"
+        if clip > 0:
+            # 1e-6 as torch.nn.utils.clip_grad_norm_, so that both clip alike.
+            scale = (clip / (self._norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([_local(p.grad) for _, p in self.trainable() if p.grad is not None], scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the accumulated gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norm = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no gradient synchronisation."""
+        with torch.no_grad():
+            yield
+
+    def model_state(self) -> dict[str, Tensor]:
+        """`model.<name>` -> fp32 master weight (plain or DTensor), to be saved or filled in place; tied ones once."""
+        return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        """model_state and `optim.<name>.<slot>`."""
+        optim = {f"optim.{name}.{slot}": value for name, p in self.trainable()
+                 for slot, value in slots(self.optimizer, p).items()}
+        return self.model_state() | optim
+
+
+class Single(Strategy):
+    """One process holds everything."""
+
+
+class DDP(Strategy):
+    """A replica on every rank; gradients are averaged in fp32 during the last micro-batch's backward."""
+
+    def _wrap(self) -> None:
+        self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self._evaluating = False
+
+    def _forward_module(self) -> nn.Module:
+        return self.model if self._evaluating else self._ddp
+
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if is_last else self._ddp.no_sync()
+
+    def _averages_over(self) -> int:
+        return self.world.size
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._evaluating = False
+
+
+class FSDP(Strategy):
+    """FSDP2: every parameter, gradient and optimizer slot is sharded over its first dimension.
+
+    Gradients are reduced in every micro-batch, so that no rank keeps an unsharded gradient while accumulating.
+    """
+
+    def _shard(self, model: nn.Module) -> None:
+        policy = MixedPrecisionPolicy()
+        if self.config.train.precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options = dict(mesh=self.world.mesh["dp_shard"], mp_policy=policy)
+        for block in model.blocks:
+            fully_shard(block, reshard_after_forward=self.config.parallel.reshard_after_forward, **options)
+        fully_shard(model, **options)
+
+    def _compute(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # the mixed precision policy casts
+
+    def _averages_over(self) -> int:
+        return self.world.size
+
+    def _combine_norm(self, local: Tensor) -> Tensor:
+        squared = local.double() ** 2
+        dist.all_reduce(squared, group=self.world.mesh["dp_shard"].get_group())
+        return squared.sqrt().float()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+        # Without a backward the gathered weights would stay, and stand in for the shards in named_parameters().
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP}
+
+
+def make_strategy(world: World, config: Config) -> Strategy:
+    return STRATEGIES[world.strategy](world, config)

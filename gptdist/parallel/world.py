@@ -1,0 +1,112 @@
+"""The processes of a run: rank, device, process group, device mesh, and how a process ends."""
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from gptdist.config import ParallelConfig
+from gptdist.errors import MissingError, UserError
+
+MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+def env_rank() -> int:
+    """This process's rank as the launcher tells it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's view of the run. `mesh` is None for a single process without a process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    strategy: str
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, returned on the CPU; integers stay exact."""
+        if self.mesh is None:
+            return values.cpu()
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def init_world(config: ParallelConfig) -> World:
+    """Read the launcher's environment, choose the device, join the process group, set the CPU threads.
+
+    Raises UserError for a strategy that does not fit the number of processes, MissingError for an absent GPU.
+    """
+    rank, size = env_rank(), env_world_size()
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    strategy = config.strategy if config.strategy != "auto" else ("single" if size == 1 else "fsdp")
+    if strategy == "single" and size > 1:
+        raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp")
+    device = _device(config.device, local_rank)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if strategy == "single":
+        return World(rank, size, device, strategy, None)
+    _join(device, rank, size, config.timeout_s)
+    shard = size if strategy == "fsdp" else 1
+    mesh = init_device_mesh(device.type, (1, size // shard, shard, 1, 1), mesh_dim_names=MESH_DIMS)
+    return World(rank, size, device, strategy, mesh)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise MissingError("parallel.device=cuda, but torch sees no GPU: "
+                           "see `gptdist doctor`, or use --parallel.device=cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise MissingError(f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
+                           f"start as many processes per node as there are GPUs")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, rank: int, size: int, timeout_s: int) -> None:
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Without a launcher a world of one needs no address: an in-process store serves.
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    known = {} if store is None else dict(store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **known)
+
+
+def end_process(code: int) -> None:
+    """End this process now, with this code, after flushing.
+
+    A normal interpreter exit after FSDP on gloo aborts about half of the time (a gloo thread drops a Python object
+    during shutdown), which a launcher takes for a failure. Success waits for all ranks first.
+    """
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,87 @@
+"""Next-word pretraining: windows of tokens in, per-token losses out."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptdist import ops
+from gptdist.config import Config
+from gptdist.data.format import TokenDataset
+from gptdist.data.loader import Batch, PretrainSource, eval_batches
+from gptdist.data.tokenizer import Tokenizer
+from gptdist.errors import UserError
+from gptdist.model import Dropout, LanguageModel
+from gptdist.parallel.strategies import Strategy
+from gptdist.parallel.world import World
+
+
+class Pretrain:
+    """A task gives the trainer its model class, its batches, a loss per micro-batch and an evaluation."""
+
+    model_class = LanguageModel
+
+    def __init__(self, config: Config, world: World):
+        self.world = world
+        train, val, self.tokenizer = open_data(config.data.path)
+        self.config = resolve_vocab(config, self.tokenizer, train)
+        self.val = val
+        self.source = PretrainSource(
+            train, context=config.model.context, sequences_per_step=config.sequences_per_step,
+            micro_batch=config.train.micro_batch, rank=world.rank, world=world.size, seed=config.run.seed,
+            shuffle=config.data.shuffle, document_mask=config.data.document_mask, eot=self.tokenizer.eot,
+            skipped=config.data.skip)
+
+    def loss(self, strategy: Strategy, batch: Batch, key: Tensor | None) -> Tensor:
+        """Sum of the micro-batch's token losses in nats, () fp32. `key`: dropout key of the step, None: no dropout."""
+        device = self.world.device
+        p = self.config.model.dropout
+        dropout = Dropout(p, key, batch.sample_ids.to(device)) if p > 0 and key is not None else None
+        doc_start = None if batch.doc_start is None else batch.doc_start.to(device)
+        losses = strategy(batch.tokens.to(device), batch.targets.to(device), dropout=dropout, doc_start=doc_start)
+        return losses.sum()
+
+    def dropout_key(self, step: int) -> Tensor | None:
+        return ops.dropout_key(self.config.run.seed, step, self.world.device) if self.config.model.dropout else None
+
+    def evaluate(self, strategy: Strategy) -> float | None:
+        """Mean validation loss in nats per token over all ranks; None without held-out data."""
+        if self.val is None:
+            return None
+        total = torch.zeros(2, dtype=torch.float64)  # loss sum, targets
+        with strategy.evaluating():
+            for batch in eval_batches(self.val, context=self.config.model.context,
+                                      micro_batch=self.config.eval.micro_batch, rank=self.world.rank,
+                                      world=self.world.size, max_tokens=self.config.eval.tokens or None,
+                                      document_mask=self.config.data.document_mask, eot=self.tokenizer.eot):
+                total[0] += self.loss(strategy, batch, None).double().cpu()
+                total[1] += int((batch.targets >= 0).sum())
+        loss_sum, count = self.world.sum(total).tolist()
+        return loss_sum / count if count else math.nan
+
+
+def open_data(path: str) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
+    """(train, val or None, tokenizer) of a directory that `gptdist prepare` wrote."""
+    root = Path(path)
+    if not path:
+        raise UserError("data.path is empty: set it to a directory written by `gptdist prepare`")
+    if not (root / "train").is_dir():
+        what = "does not exist" if not root.exists() else "has no train/ inside"
+        raise UserError(f"data.path={path} {what}: expected a directory written by `gptdist prepare --output {path}`")
+    val = TokenDataset.open(root / "val") if (root / "val").is_dir() else None
+    return TokenDataset.open(root / "train"), val, Tokenizer.load(root / "tokenizer")
+
+
+def resolve_vocab(config: Config, tokenizer: Tokenizer, dataset: TokenDataset) -> Config:
+    """The configuration with model.vocab_size known; refuses data that another tokenizer made."""
+    if dataset.meta.tokenizer_hash != tokenizer.hash:
+        raise UserError(f"{config.data.path}: train/ was made with tokenizer {dataset.meta.tokenizer_hash[:12]}, "
+                        f"tokenizer/ is {tokenizer.hash[:12]}: prepare the dataset again")
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={wanted} is below the tokenizer's {tokenizer.vocab_size} ids: "
+                        f"leave it null to take the tokenizer's")
+    model = dataclasses.replace(config.model, vocab_size=wanted or tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)

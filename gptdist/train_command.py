@@ -1,0 +1,42 @@
+"""`gptdist train`: one worker process, from its command line to its exit code."""
+
+import sys
+import traceback
+
+from gptdist import config as config_module
+from gptdist.config import Config
+from gptdist.errors import EXIT_BUG, MissingError, UserError
+from gptdist.faults import write_exit_record
+from gptdist.parallel.world import end_process, env_rank, env_world_size, init_world
+from gptdist.trainer import Trainer
+
+
+def train(path: str, overrides: list[str], *, debug: bool = False) -> int:
+    """Train as the configuration says. Does not return where a process group is up (see end_process)."""
+    rank = env_rank()
+    try:
+        config = config_module.load(path, overrides)
+    except UserError as error:
+        # Every rank reads the same file and finds the same fault: one of them says so.
+        if rank != 0:
+            return error.exit_code
+        raise
+    code, message = _run(config, debug)
+    write_exit_record(config.run.dir, code=code, rank=rank, message=message)
+    end_process(code)
+    return code
+
+
+def _run(config: Config, debug: bool) -> tuple[int, str]:
+    """(exit code, one line about it). Errors are reported here, because the process may end without unwinding."""
+    try:
+        return Trainer(config, init_world(config.parallel)).run(), ""
+    except (UserError, MissingError) as error:
+        if debug:
+            traceback.print_exc()
+        where = f" [rank {env_rank()}]" if env_world_size() > 1 else ""
+        print(f"gptdist train{where}: {error}", file=sys.stderr)
+        return error.exit_code, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return EXIT_BUG, f"{type(error).__name__}: {error}"

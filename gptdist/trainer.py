@@ -1,0 +1,292 @@
+"""The training loop, one for every task and strategy.
+
+A task gives batches, a loss per micro-batch and an evaluation; a strategy spreads the model; this module steps,
+measures, evaluates, saves and resumes. Which tokens a step sees is a function of `next_sample` alone, so a run
+continues exactly.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gptdist.checkpoint import layout, store
+from gptdist.config import Config, to_dict, to_yaml
+from gptdist.data.loader import Prefetcher, StepBatch
+from gptdist.data.tokenizer import Tokenizer
+from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from gptdist.faults import StopSignal, clear_exit_record
+from gptdist.metrics import Metrics, flops_per_token, peak_flops
+from gptdist.model import build_meta
+from gptdist.optim.adamw import build_adamw
+from gptdist.optim.schedule import lr_factor
+from gptdist.parallel.strategies import make_strategy
+from gptdist.parallel.world import World
+from gptdist.tasks.pretrain import Pretrain
+
+TRAIN_STATE_FORMAT = 1
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What continues a run besides the tensors: independent of the number of processes."""
+
+    step: int = 0  # optimizer steps done
+    next_sample: int = 0  # number of the first sample of the next step
+    tokens: int = 0  # target tokens seen
+    val_loss: float | None = None  # validation loss of exactly these weights, if evaluated
+    best_val_loss: float | None = None
+    format: int = TRAIN_STATE_FORMAT
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "TrainState":
+        values = layout.read_train_state(checkpoint)
+        if values.get("format") != TRAIN_STATE_FORMAT:
+            raise UserError(f"{checkpoint}: train_state.json has format {values.get('format')}, this version reads "
+                            f"{TRAIN_STATE_FORMAT}: use a newer gptdist")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise UserError(f"{checkpoint}: train_state.json has keys {sorted(values)}, expected {sorted(names)}")
+        return cls(**values)
+
+
+class Trainer:
+    """One process's part of a run. `run()` returns the exit code."""
+
+    def __init__(self, config: Config, world: World):
+        self.world = world
+        self.task = Pretrain(config, world)
+        self.config = self.task.config
+        self.run_dir = Path(config.run.dir)
+        self.root = self.run_dir / "checkpoints"
+        self.state = TrainState()
+        self.stop = StopSignal()
+        self.strategy = make_strategy(world, self.config)
+        self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
+        self._bad_steps = 0
+
+    def run(self) -> int:
+        self._open_run_dir()
+        self.stop.install()
+        source = self._choose_start()
+        self.strategy.prepare(build_meta(self.config.model, self.task.model_class),
+                              lambda parameters: build_adamw(parameters, self.config.optim))
+        self._restore(source)
+        self._announce(source)
+        if self.state.step >= self.config.train.steps:
+            self.console.print(f"nothing to do: {self.state.step} of {self.config.train.steps} steps are done")
+            return EXIT_DONE
+        self.metrics = None
+        if self.world.is_main:
+            self.metrics = Metrics(self.run_dir, self.config.run, start_step=self.state.step,
+                                   resolved=to_dict(self.config))
+        try:
+            return self._loop()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    # Start
+
+    def _open_run_dir(self) -> None:
+        """Make the run directory and clear what dead runs left; the other ranks wait."""
+        error = None
+        if self.world.is_main:
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                clear_exit_record(self.run_dir)
+                (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+                layout.clean_stale(self.root)
+            except OSError as caught:
+                error = f"cannot write to run.dir={self.run_dir}: {caught.strerror}: choose a writable directory"
+        error = self._from_main(error)
+        if error:
+            raise UserError(error)
+
+    def _from_main(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        if self.world.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _choose_start(self) -> tuple[str, Path] | None:
+        """("resume" | "init", checkpoint) or None for a fresh run; decided by rank 0 alone."""
+        chosen, error = None, None
+        if self.world.is_main:
+            try:
+                chosen = self._find_start()
+            except UserError as caught:
+                error = str(caught)
+        chosen, error = self._from_main((chosen, error))
+        if error:
+            raise UserError(error)
+        return chosen
+
+    def _find_start(self) -> tuple[str, Path] | None:
+        options = self.config.checkpoint
+        complete, damaged = layout.scan(self.root)
+        for path, reason in damaged:
+            aside = layout.set_aside(path)
+            self.console.print(f"damaged checkpoint moved to {aside}: {reason}")
+        if options.resume == "never" and complete:
+            raise UserError(f"run.dir={self.run_dir} already has {complete[-1].name}, but checkpoint.resume=never: "
+                            f"choose another run.dir, or resume=auto")
+        if options.resume not in ("auto", "never"):
+            return "resume", layout.resolve(options.resume)
+        if complete and options.resume == "auto":
+            return "resume", complete[-1]
+        return ("init", layout.resolve(options.init_from)) if options.init_from else None
+
+    def _restore(self, source: tuple[str, Path] | None) -> None:
+        if source is None:
+            return
+        kind, path = source
+        check_tokenizer(path, self.task.tokenizer, self.config.data.path)
+        if self.config.checkpoint.verify:
+            store.verify_together(path)
+        if kind == "init":
+            store.load(path, self.strategy.model_state())
+            return
+        state = TrainState.read(path)
+        store.load(path, self.strategy.state())
+        self.state = state
+
+    def _announce(self, source: tuple[str, Path] | None) -> None:
+        config, world = self.config, self.world
+        n = sum(p.numel() for p in self.strategy.model.parameters())
+        start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
+        self.console.print(
+            f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy} on {world.size} x "
+            f"{world.device.type}, {config.train.precision}; {config.sequences_per_step} x {config.model.context} "
+            f"tokens per step; {self.task.source.n_samples} windows per epoch; {start}")
+        self._flops_per_token = flops_per_token(config.model, n)
+
+    # Steps
+
+    def _loop(self) -> int:
+        steps = self.config.train.steps
+        code = EXIT_DONE
+        with self._progress() as progress, Prefetcher(
+                self.task.source, step=self.state.step, next_sample=self.state.next_sample,
+                workers=self.config.data.workers) as batches:
+            bar = progress.add_task("train", total=steps, completed=self.state.step, note="")
+            waited = 0.0
+            for batch in batches:
+                started = time.perf_counter()
+                row = self._step(batch)
+                row["data_wait_share"] = (batches.wait_s - waited) / (
+                    time.perf_counter() - started + batches.wait_s - waited)
+                waited = batches.wait_s
+                stopping = row.pop("stop") > 0
+                self._report(row, progress, bar)
+                self._evaluate_and_save(stopping)
+                if self.state.step == steps:
+                    break
+                if stopping:
+                    code = EXIT_REQUEUE
+                    break
+        if code == EXIT_REQUEUE:
+            self.console.print(f"stopped by a signal at step {self.state.step}, checkpoint saved: start again to go on")
+        return code
+
+    def _step(self, batch: StepBatch) -> dict[str, float | int]:
+        """One optimizer step; returns its metrics row."""
+        started, config = time.perf_counter(), self.config
+        counts = torch.tensor([batch.n_targets, batch.data_hash, int(self.stop.received)], dtype=torch.int64)
+        n_targets, data_hash, stop = self.world.sum(counts).tolist()
+        key = self.task.dropout_key(batch.step)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for i, micro_batch in enumerate(batch.micro_batches):
+            with self.strategy.micro_batch(is_last=i == len(batch.micro_batches) - 1):
+                loss = self.task.loss(self.strategy, micro_batch, key)
+                self.strategy.backward(loss, n_targets)
+            loss_sum += loss.detach().double().cpu()
+        norm = self.strategy.grad_norm().item()
+        lr = config.optim.lr * lr_factor(batch.step, config.train.steps, config.schedule)
+        self._apply_or_discard(batch.step, norm, lr)
+        loss = self.world.sum(loss_sum).item() / max(n_targets, 1)
+        self.state = TrainState(
+            step=batch.step + 1, next_sample=self.task.source.advance(self.state.next_sample),
+            tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss)
+        seconds = time.perf_counter() - started
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
+                "tokens_per_s": n_targets / seconds, "stop": stop}
+
+    def _apply_or_discard(self, step: int, norm: float, lr: float) -> None:
+        if math.isfinite(norm):
+            self._bad_steps = 0
+            self.strategy.apply(lr, self.config.train.grad_clip)
+            return
+        self.strategy.discard()
+        self._bad_steps += 1
+        self.console.print(f"step {step + 1}: the gradient is not finite ({norm}); this step is skipped")
+        if self._bad_steps >= self.config.train.max_bad_steps:
+            raise UserError(f"the gradient was not finite in {self._bad_steps} steps in a row up to step {step + 1}: "
+                            f"lower optim.lr, or leave samples out with data.skip; resume from an earlier checkpoint")
+
+    def _report(self, row: dict, progress: Progress, bar: int) -> None:
+        step = self.state.step
+        peak = peak_flops(torch.cuda.get_device_name(self.world.device)) if self.world.device.type == "cuda" else None
+        if peak is not None:
+            row["mfu"] = row["tokens_per_s"] * self._flops_per_token / (peak * self.world.size)
+        if self.metrics is not None:
+            self.metrics.write("train", step, **row)
+        note = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s"
+        progress.update(bar, completed=step, note=note)
+        if not self.console.is_terminal and (step % self.config.run.log_every == 0 or step == self.config.train.steps):
+            self.console.print(f"step {step}  {note}  lr {row['lr']:.2e}")
+
+    def _evaluate_and_save(self, stopping: bool) -> None:
+        step, config = self.state.step, self.config
+        last = step == config.train.steps
+        is_best = False
+        if last or (config.eval.every and step % config.eval.every == 0):
+            is_best = self._evaluate()
+        due = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        if due or (is_best and config.checkpoint.keep_best):
+            self.save()
+
+    def _evaluate(self) -> bool:
+        """Validation loss into state and metrics; True if it is the lowest so far."""
+        started = time.perf_counter()
+        loss = self.task.evaluate(self.strategy)
+        if loss is None or not math.isfinite(loss):
+            return False
+        best = self.state.best_val_loss
+        is_best = best is None or loss < best
+        self.state.val_loss, self.state.best_val_loss = loss, loss if is_best else best
+        if self.metrics is not None:
+            self.metrics.write("eval", self.state.step, val_loss=loss, seconds=time.perf_counter() - started)
+        self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}")
+        return is_best
+
+    def save(self) -> Path:
+        """Save a checkpoint of the current step, then drop those that retention does not keep."""
+        files = {"train_state.json": json.dumps(dataclasses.asdict(self.state)).encode(),
+                 "config.yaml": to_yaml(self.config).encode()}
+        files |= {f"tokenizer/{name}": data for name, data in self.task.tokenizer.files().items()}
+        path = store.save(self.root, self.state.step, self.strategy.state(), files if self.world.is_main else {})
+        if self.world.is_main:
+            layout.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+        return path
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[note]}"))
+        return Progress(*columns, console=self.console, disable=not (self.world.is_main and self.console.is_terminal))
+
+
+def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, data_path: str) -> None:
+    """Raise UserError if the checkpoint's tokenizer is not the dataset's."""
+    saved = json.loads(layout.read_file(checkpoint, "tokenizer/tokenizer.json"))["hash"]
+    if saved != tokenizer.hash:
+        raise UserError(f"{checkpoint} was trained with tokenizer {saved[:12]}, but {data_path} was prepared with "
+                        f"{tokenizer.hash[:12]}: prepare the data with --tokenizer {checkpoint / 'tokenizer'}")
