@@ -115,17 +115,17 @@ class OptionalBuild(BuildExtension):
 
     def run(self):
         problem, output = compiler_problem(), []
+        in_place = self.inplace or self.editable_mode  # read now: a failing super().run() leaves inplace changed
+        package = ROOT / "gptdist" if in_place else Path(self.build_lib) / "gptdist"
         if not problem:
             try:
                 with captured_output(output):
                     super().run()
             except (Exception, SystemExit) as error:
                 problem = cause(error, "".join(output))
-        self._report(problem)
+        self._report(problem, package)
 
-    def _report(self, problem: str):
-        in_place = self.inplace or self.editable_mode
-        package = ROOT / "gptdist" if in_place else Path(self.build_lib) / "gptdist"
+    def _report(self, problem: str, package: Path):
         note = package / "_build_error.txt"
         note.unlink(missing_ok=True)
         if not problem:

@@ -8,6 +8,7 @@ The resolved configuration is stored in every checkpoint.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import re
 import typing
@@ -110,6 +111,7 @@ class TrainConfig:
     """The step: how many tokens, in which precision, how long."""
 
     steps: int = _option(1000, "optimizer steps in the whole run")
+    stop_at: int = _option(0, "save and end after this step, to go on later; schedules still span `steps`. 0: off")
     tokens_per_step: int = _option(16384, "tokens of one optimizer step over all ranks; a multiple of model.context")
     micro_batch: int = _option(8, "sequences per rank and forward pass; the rest is gradient accumulation")
     precision: Literal["fp32", "bf16"] = _option(
@@ -123,9 +125,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_step", "micro_batch", "max_bad_steps"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected at least 1")
+        _require(self.stop_at >= 0, f"train.stop_at is {self.stop_at}, expected 0 (off) or a step")
         _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
         _require(not isinstance(self.activation_checkpointing, int) or self.activation_checkpointing > 0,
                  f"train.activation_checkpointing is {self.activation_checkpointing}, expected none, full or n >= 1")
+
+    @property
+    def last_step(self) -> int:
+        """Steps done when this process ends."""
+        return min(self.steps, self.stop_at or self.steps)
 
     @property
     def checkpoint_every_block(self) -> int:
@@ -266,10 +274,10 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def from_dict(values: dict[str, dict[str, Any]], where: str) -> Config:
+def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: list[str] = ()) -> Config:
     """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
     _check_keys(values, where)
-    return _parse(["--config", yaml.safe_dump(values)], where)
+    return _parse(["--config", yaml.safe_dump(values), *_checked_overrides(list(overrides))], where)
 
 
 def load(path: str | None, overrides: list[str] = ()) -> Config:
@@ -279,8 +287,9 @@ def load(path: str | None, overrides: list[str] = ()) -> Config:
     """
     arguments = []
     if path is not None:
-        _check_keys(_read_yaml(path), path)
-        arguments += ["--config", path]
+        values = _read_yaml(path)
+        _check_keys(values, path)
+        arguments += ["--config", path] if values else []
     return _parse([*arguments, *_checked_overrides(list(overrides))], path or "command line")
 
 
@@ -340,20 +349,35 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
     return result
 
 
-def _parse(arguments: list[str], where: str) -> Config:
-    from jsonargparse import ArgumentError, ArgumentParser
+@functools.cache
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
+    return parser
+
+
+def _parse(arguments: list[str], where: str) -> Config:
+    from jsonargparse import ArgumentError
+
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            values = parser.parse_args(arguments)
+            values = _parser().parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise UserError(f"{where}: {_plain_error(error)}") from error
-    values = values.as_dict()
+    for name, section in SECTIONS.items():
+        _check_nulls(name, section, values[name], where)
     return Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
+
+
+def _check_nulls(name: str, section: type, values: dict[str, Any], where: str) -> None:
+    """jsonargparse lets null through for any type."""
+    for key, hint in typing.get_type_hints(section).items():
+        if values[key] is None and type(None) not in typing.get_args(hint):
+            raise UserError(f"{where}: {name}.{key} is null, expected {_type_name(hint)}")
 
 
 def _plain_error(error: Exception) -> str:

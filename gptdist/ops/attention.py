@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import compute_dtype
+from .backends import compute_dtype, custom_op
 from .random import check_randomness, keep_mask
 
 BLOCK_ELEMENTS = 1 << 22  # scores at once: 16 MiB of fp32
@@ -54,7 +54,7 @@ def _group(x):
 
 def _blocks(N, G, T):
     """Pairs and queries to handle together: (slice of N, slice of T)."""
-    rows = min(T, QUERY_BLOCK)
+    rows = max(1, min(T, QUERY_BLOCK))
     pairs = max(1, BLOCK_ELEMENTS // max(1, G * rows * T))
     for n in range(0, N, pairs):
         for t in range(0, T, rows):
@@ -72,8 +72,8 @@ def _hidden(pairs, rows, H, doc_start, device):
     return hidden | (keys < doc_start[rows_of_pairs, rows][:, None, :, None])  # (n, 1, rows, keys)
 
 
-def _drop(pairs, rows, H, G, drop):
-    """Dropout's factor for a block: fp32 (n, G, rows, keys), 0 or 1 / (1 - p)."""
+def _drop(pairs, rows, H, G, drop, dtype):
+    """Dropout's factor for a block: (n, G, rows, keys) in `dtype`, 0 or 1 / (1 - p)."""
     device = drop.key.device
     pair = torch.arange(pairs.start, pairs.stop, device=device)
     heads = drop.head_offset + (pair % H)[:, None] * G + torch.arange(G, device=device)  # (n, G)
@@ -82,7 +82,7 @@ def _drop(pairs, rows, H, G, drop):
     keep = keep_mask(
         drop.key.reshape(()), drop.p, samples.flatten(), drop.site, heads.flatten(), queries, rows.stop
     )
-    return keep.view(len(pair), G, len(queries), rows.stop).float().mul_(1.0 / (1.0 - drop.p))
+    return keep.view(len(pair), G, len(queries), rows.stop).to(dtype).mul_(1.0 / (1.0 - drop.p))
 
 
 def _scores(q, k, hidden, scale):
@@ -105,7 +105,7 @@ def math_forward(qkv, doc_start, drop: Dropout):
         lse[pairs, :, rows] = L = torch.logsumexp(scores, dim=-1)
         probabilities = scores.sub_(L[..., None]).exp_()
         if drop.p > 0.0:
-            probabilities.mul_(_drop(pairs, rows, H, G, drop))
+            probabilities.mul_(_drop(pairs, rows, H, G, drop, q.dtype))
         out[pairs, :, rows] = torch.bmm(probabilities.view(n, -1, rows.stop), v[pairs, seen]).view(n, G, -1, D)
     out = out.view(B, H, G, T, D).permute(0, 3, 1, 2, 4).to(qkv.dtype).contiguous()  # (B, T, H, G, D)
     return out, lse.view(B, H, G, T)
@@ -130,7 +130,7 @@ def math_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
         dP = torch.bmm(do_block, v[pairs, seen].transpose(1, 2)).view_as(P)
         PZ = P
         if drop.p > 0.0:
-            Z = _drop(pairs, rows, H, G, drop)
+            Z = _drop(pairs, rows, H, G, drop, compute)
             dP.mul_(Z)
             PZ = Z.mul_(P)
         dv[pairs, seen] += torch.bmm(PZ.view(n, -1, rows.stop).transpose(1, 2), do_block)
@@ -185,7 +185,7 @@ def flash_backward(dout, qkv, out, lse):
 # the op
 
 
-@torch.library.custom_op("gptdist::attention_fwd", mutates_args=())
+@custom_op("gptdist::attention_fwd")
 def _fwd(
     qkv: torch.Tensor,
     doc_start: torch.Tensor | None,
@@ -200,7 +200,7 @@ def _fwd(
     return math_forward(qkv, doc_start, Dropout(dropout_p, key, sample_ids, site, head_offset))
 
 
-@torch.library.custom_op("gptdist::attention_bwd", mutates_args=())
+@custom_op("gptdist::attention_bwd")
 def _bwd(
     dout: torch.Tensor,
     qkv: torch.Tensor,

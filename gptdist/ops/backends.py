@@ -80,6 +80,27 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> Choic
     return Choice(device_type, "takes " + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
+def custom_op(name: str):
+    """torch.library.custom_op for a functional op whose first argument is a tensor or a list of them.
+
+    Autocast is off inside the implementation: torch leaves it on below a custom op, where it would turn the fp32
+    matrix products of a reference into bf16 ones.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def without_autocast(first, *args, **kwargs):
+            device_type = (first if isinstance(first, torch.Tensor) else first[0]).device.type
+            if not torch.is_autocast_enabled(device_type):
+                return function(first, *args, **kwargs)
+            with torch.autocast(device_type, enabled=False):
+                return function(first, *args, **kwargs)
+
+        return torch.library.custom_op(name, mutates_args=())(without_autocast)
+
+    return decorate
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a reference op computes in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

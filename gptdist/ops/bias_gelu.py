@@ -10,7 +10,7 @@ fp32 arithmetic for every dtype but float64. Source: Hendrycks and Gimpel (2016)
 import torch
 import torch.nn.functional as F
 
-from .backends import choose, compute_dtype
+from .backends import choose, compute_dtype, custom_op
 
 
 def reference_forward(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -28,18 +28,18 @@ def reference_backward(
     if bias is not None:
         h = h + bias
     dh = torch.ops.aten.gelu_backward(dy.to(compute), h, approximate="tanh")
-    dbias = x.new_empty(0) if bias is None else dh.flatten(0, -2).sum(0).to(bias.dtype)
+    dbias = x.new_empty(0) if bias is None else dh.unsqueeze(0).sum(tuple(range(dh.dim()))).to(bias.dtype)
     return dh.to(x.dtype), dbias
 
 
-@torch.library.custom_op("gptdist::bias_gelu_fwd", mutates_args=())
+@custom_op("gptdist::bias_gelu_fwd")
 def _fwd(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if choose("bias_gelu", x.device.type, x.dtype).backend == "cpu":
         return torch.ops.gptdist_c.bias_gelu_fwd(x.contiguous(), None if bias is None else bias.float().contiguous())
     return reference_forward(x, bias).contiguous()
 
 
-@torch.library.custom_op("gptdist::bias_gelu_bwd", mutates_args=())
+@custom_op("gptdist::bias_gelu_bwd")
 def _bwd(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if choose("bias_gelu", x.device.type, x.dtype).backend == "cpu":
         fp32_bias = None if bias is None else bias.float().contiguous()

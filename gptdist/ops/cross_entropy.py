@@ -12,7 +12,7 @@ Sources: Wijmans et al., "Cut your losses" (2024), section 4; Liger-Kernel's fus
 
 import torch
 
-from .backends import compute_dtype
+from .backends import compute_dtype, custom_op
 
 BUFFER_ELEMENTS = 1 << 24  # 64 MiB of fp32: 333 rows of GPT-2's vocabulary, enough rows to keep a GEMM efficient
 LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
@@ -52,19 +52,19 @@ def _logit_gradients_(logits, targets, lse, dloss, ignore_index):
 # cross_entropy
 
 
-@torch.library.custom_op("gptdist::cross_entropy_fwd", mutates_args=())
+@custom_op("gptdist::cross_entropy_fwd")
 def _fwd(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     N, V = logits.shape
     _check_range("cross_entropy", targets, V, ignore_index)
     compute = compute_dtype(logits.dtype)
-    loss = logits.new_empty(N, dtype=torch.float32)
-    lse = logits.new_empty(N, dtype=compute)
+    loss = logits.new_empty(N, dtype=compute)
+    lse = torch.empty_like(loss)
     for rows in _chunks(N, V):
         loss[rows], lse[rows] = _losses(logits[rows].to(compute), targets[rows], ignore_index)
     return loss, lse
 
 
-@torch.library.custom_op("gptdist::cross_entropy_bwd", mutates_args=())
+@custom_op("gptdist::cross_entropy_bwd")
 def _bwd(
     dloss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
@@ -77,8 +77,8 @@ def _bwd(
 
 @_fwd.register_fake
 def _(logits, targets, ignore_index):
-    N = logits.shape[0]
-    return logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=compute_dtype(logits.dtype))
+    loss = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
+    return loss, torch.empty_like(loss)
 
 
 @_bwd.register_fake
@@ -101,15 +101,15 @@ _fwd.register_autograd(_backward, setup_context=_setup)
 # linear_cross_entropy
 
 
-@torch.library.custom_op("gptdist::linear_cross_entropy_fwd", mutates_args=())
+@custom_op("gptdist::linear_cross_entropy_fwd")
 def _linear_fwd(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     N = hidden.shape[0]
     _check_range("linear_cross_entropy", targets, vocab_size, ignore_index)
     compute = compute_dtype(hidden.dtype)
-    loss = hidden.new_empty(N, dtype=torch.float32)
-    lse = hidden.new_empty(N, dtype=compute)
+    loss = hidden.new_empty(N, dtype=compute)
+    lse = torch.empty_like(loss)
     # Padding rows of W never take part: their logits would be -inf, their probability and gradient zero.
     w = weight[:vocab_size].to(hidden.dtype)  # (V, C)
     buffer = None
@@ -126,7 +126,7 @@ def _logits(h, w, buffer):
     return buffer, torch.mm(h, w.t(), out=buffer[: h.shape[0]])
 
 
-@torch.library.custom_op("gptdist::linear_cross_entropy_bwd", mutates_args=())
+@custom_op("gptdist::linear_cross_entropy_bwd")
 def _linear_bwd(
     dloss: torch.Tensor,
     hidden: torch.Tensor,
@@ -164,8 +164,8 @@ def _linear_gradients(hidden, weight, need_hidden, need_weight):
 
 @_linear_fwd.register_fake
 def _(hidden, weight, targets, vocab_size, ignore_index):
-    N = hidden.shape[0]
-    return hidden.new_empty(N, dtype=torch.float32), hidden.new_empty(N, dtype=compute_dtype(hidden.dtype))
+    loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    return loss, torch.empty_like(loss)
 
 
 @_linear_bwd.register_fake
@@ -195,7 +195,10 @@ def _check_targets(op, targets, rows):
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, ignore_index: int = -100) -> torch.Tensor:
-    """Per-token losses (N,) fp32, 0 where targets is ignore_index. logits: (N, V). targets: int64 (N,)."""
+    """Per-token losses (N,) in fp32 (fp64 for float64), 0 where targets is ignore_index.
+
+    logits: (N, V). targets: int64 (N,).
+    """
     if logits.dim() != 2:
         raise ValueError(f"cross_entropy: logits has shape {tuple(logits.shape)}, expected (N, V)")
     _check_targets("cross_entropy", targets, logits.shape[0])
@@ -210,7 +213,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """Per-token losses (N,) fp32 of the logits hidden @ weight.T, 0 where targets is ignore_index.
+    """Per-token losses (N,), fp32 (fp64 for float64), of the logits hidden @ weight.T; 0 where ignored.
 
     hidden: (N, C). weight: (V, C); rows at and beyond `vocab_size` are padding, with logits of -inf. targets: int64
     (N,). Products run in hidden's dtype. Raises ValueError for arguments that do not fit, and on a CPU for a target

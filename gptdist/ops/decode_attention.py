@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from .backends import compute_dtype
+from .backends import compute_dtype, custom_op
 
 BLOCK_ELEMENTS = 1 << 24  # cached elements or scores at once: 64 MiB of fp32
 
@@ -38,7 +38,7 @@ def _rows(q, k_cache, v_cache, block_table, lengths, width):
     return out.view(b, H, G, Tq, D).permute(0, 3, 1, 2, 4)
 
 
-@torch.library.custom_op("gptdist::decode_attention", mutates_args=())
+@custom_op("gptdist::decode_attention")
 def _decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,

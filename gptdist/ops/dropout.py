@@ -6,10 +6,11 @@ Reads x, writes y; nothing is saved but the key. Reference: Srivastava et al., J
 
 import torch
 
+from .backends import custom_op
 from .random import check_randomness, keep_mask
 
 
-@torch.library.custom_op("gptdist::dropout", mutates_args=())
+@custom_op("gptdist::dropout")
 def _dropout(
     x: torch.Tensor, p: float, key: torch.Tensor, sample_ids: torch.Tensor, site: int, row_offset: int
 ) -> torch.Tensor:

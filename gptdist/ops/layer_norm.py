@@ -11,7 +11,7 @@ Source: Ba, Kiros, Hinton, "Layer normalization" (2016), section 3.
 
 import torch
 
-from .backends import compute_dtype
+from .backends import compute_dtype, custom_op
 
 
 def _normalise(x, weight, bias, eps):
@@ -55,7 +55,7 @@ def _empty_parameters(weight, bias):
 # layer_norm
 
 
-@torch.library.custom_op("gptdist::layer_norm_fwd", mutates_args=())
+@custom_op("gptdist::layer_norm_fwd")
 def _fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,7 +63,7 @@ def _fwd(
     return y.to(x.dtype), mean, rstd
 
 
-@torch.library.custom_op("gptdist::layer_norm_bwd", mutates_args=())
+@custom_op("gptdist::layer_norm_bwd")
 def _bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -93,9 +93,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dmean, drstd):
-    bias = ctx.saved_tensors[-1]
-    dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors)
-    return dx, dweight, None if bias is None else dbias, None
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
+    dx, dweight, dbias = _bwd(dy, *saved)
+    return dx, dweight, None if saved[-1] is None else dbias, None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
@@ -104,7 +104,7 @@ _fwd.register_autograd(_backward, setup_context=_setup)
 # residual_layer_norm
 
 
-@torch.library.custom_op("gptdist::residual_layer_norm_fwd", mutates_args=())
+@custom_op("gptdist::residual_layer_norm_fwd")
 def _residual_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,7 +113,7 @@ def _residual_fwd(
     return y.to(x.dtype), s, mean, rstd
 
 
-@torch.library.custom_op("gptdist::residual_layer_norm_bwd", mutates_args=())
+@custom_op("gptdist::residual_layer_norm_bwd")
 def _residual_bwd(
     dy: torch.Tensor,
     ds: torch.Tensor,
@@ -146,10 +146,10 @@ def _residual_setup(ctx, inputs, output):
 
 
 def _residual_backward(ctx, dy, ds, dmean, drstd):
-    bias = ctx.saved_tensors[-1]
-    dsum, dweight, dbias = _residual_bwd(dy, ds, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    dsum, dweight, dbias = _residual_bwd(dy, ds, *saved)
     x_dtype, residual_dtype = ctx.dtypes
-    return dsum.to(x_dtype), dsum.to(residual_dtype), dweight, None if bias is None else dbias, None
+    return dsum.to(x_dtype), dsum.to(residual_dtype), dweight, None if saved[-1] is None else dbias, None
 
 
 _residual_fwd.register_autograd(_residual_backward, setup_context=_residual_setup)

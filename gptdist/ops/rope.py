@@ -11,10 +11,10 @@ Source: Su et al., "RoFormer" (2021), section 3.2.
 
 import torch
 
-from .backends import compute_dtype
+from .backends import compute_dtype, custom_op
 
 
-@torch.library.custom_op("gptdist::rope", mutates_args=())
+@custom_op("gptdist::rope")
 def _rope(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     half = qkv.shape[-1] // 2
     compute = compute_dtype(qkv.dtype)

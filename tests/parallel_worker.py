@@ -1,0 +1,100 @@
+"""Started by torchrun once per world size: runs every distributed case in one process group.
+
+Usage: torchrun --nproc-per-node W tests/parallel_worker.py DATA OUT CHAIN_STOP CHAIN_STRATEGY
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gptdist.parallel.init as parallel_init  # noqa: E402
+from gptdist import config as config_module  # noqa: E402
+from gptdist.model import build_meta  # noqa: E402
+from gptdist.parallel.strategies import make_strategy  # noqa: E402
+from gptdist.parallel.world import end_process, init_world  # noqa: E402
+from tests.training import run_tiny  # noqa: E402
+
+CASES = {
+    "ddp": ["--parallel.strategy=ddp"],
+    "fsdp": ["--parallel.strategy=fsdp"],
+    "fsdp-dropout": ["--parallel.strategy=fsdp", "--model.dropout=0.1"],
+    "ddp-dropout": ["--parallel.strategy=ddp", "--model.dropout=0.1"],
+    "fsdp-untied-rope-gqa": ["--parallel.strategy=fsdp", "--model.tied=false", "--model.positions=rope",
+                             "--model.n_kv_heads=2", "--train.activation_checkpointing=full"],
+    "fsdp-bf16": ["--parallel.strategy=fsdp", "--train.precision=bf16"],
+}
+
+
+def main(data: Path, out: Path, chain_stop: int, chain_strategy: str) -> None:
+    world = int(dist_world())
+    for name, overrides in CASES.items():
+        run_tiny(data, out / f"{name}-{world}", *overrides, "--data.workers=2")
+    # Resume at the same world size, here bit for bit.
+    run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"], "--train.stop_at=9")
+    run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"])
+    # The chain: one run that goes on at every world size in turn.
+    run_tiny(data, out / "chain", f"--parallel.strategy={chain_strategy}", f"--train.stop_at={chain_stop}")
+    check_no_rank_holds_the_model(out, world)
+    check_tied_after_sharding(out)
+
+
+def dist_world() -> int:
+    import os
+
+    return int(os.environ["WORLD_SIZE"])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta" and type(value) is torch.Tensor:
+                self.numel = max(self.numel, value.untyped_storage().size() // max(1, value.element_size()))
+        return result
+
+
+def check_no_rank_holds_the_model(out: Path, world: int) -> None:
+    """Preparing a model makes no tensor larger than a shard of its largest parameter plus a bounded buffer."""
+    config = config_module.load(None, ["--model.vocab_size=65536", "--model.width=64", "--parallel.strategy=fsdp",
+                                       f"--run.dir={out}/memory", "--model.n_layers=1"])
+    parallel_init.BUFFER_VALUES = buffer = 1 << 16
+    strategy = make_strategy(init_world(config.parallel), config)
+    with LargestTensor() as largest:
+        strategy.prepare(build_meta(config.model), None)
+    shard = -(-65536 * 64 // world)
+    assert largest.numel <= shard + 2 * buffer, f"a tensor of {largest.numel} values was made, the shard has {shard}"
+    local = sum(p.to_local().numel() for p in strategy.model.parameters())
+    total = sum(p.numel() for p in strategy.model.parameters())
+    assert local <= total / world * 1.1 + 64 * world
+
+
+def check_tied_after_sharding(out: Path) -> None:
+    config = config_module.load(None, ["--model.vocab_size=300", "--parallel.strategy=fsdp", f"--run.dir={out}/tied"])
+    strategy = make_strategy(init_world(config.parallel), config)
+    strategy.prepare(build_meta(config.model), None)
+    assert strategy.model.head_weight is strategy.model.wte.weight
+    assert not any(name.startswith("model.head") for name in strategy.model_state())
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        end_process(1)
+    assert dist.is_initialized()
+    end_process(0)
