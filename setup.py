@@ -39,7 +39,7 @@ REQUIRES = [
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": ["fastapi", "uvicorn"],
-    "data": ["pyarrow", "langid"],
+    "data": ["pyarrow"],
     "convert": ["gguf"],
     "test": ["pytest", "hypothesis", "transformers>=4.45", "peft", "ruff"],
 }

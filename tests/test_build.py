@@ -58,6 +58,7 @@ def wheel(tree, **environment):
     return tree / "site"
 
 
+@pytest.mark.long
 def test_missing_compiler_leaves_a_working_package(tree):
     cause = "'/bin/false --version' exits with 1"
     result = build(tree, CXX="/bin/false")

@@ -56,11 +56,20 @@ GPTDIST_INLINE void store(Bf16* p, float value) {  // round to nearest even; NaN
   p->bits = uint16_t(is_nan ? 0x7fc0u : rounded);
 }
 
+// x with its magnitude cut to 87, beyond which exp leaves a float's range and gelu's factors have long settled; NaN
+// becomes 87. Written without a comparison: GCC 12 turns one into branches that each end in a division, and ran at less
+// than half the speed ([16, 3072] fp32, AVX-512: 53 us against 24).
+GPTDIST_INLINE float clamp_magnitude(float x) {
+  constexpr int32_t kLimit = 0x42ae0000;  // 87.0f
+  const uint32_t bits = float_to_bits(x);
+  const int32_t excess = int32_t(bits & 0x7fffffffu) - kLimit;
+  const int32_t cut = kLimit + (excess & (excess >> 31));  // min(magnitude, kLimit)
+  return bits_to_float((bits & 0x80000000u) | uint32_t(cut));
+}
+
 // exp(x) to 2 ulp. x = n ln2 + r, |r| <= ln2 / 2; degree-6 polynomial in r (Cephes expf), then a shift of the exponent.
-// x is clamped to [-87, 87]: beyond it a float's exponent overflows, and gelu's factors have long settled.
 GPTDIST_INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 87.0f ? 87.0f : x;
+  x = clamp_magnitude(x);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
