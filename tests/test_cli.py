@@ -1,0 +1,146 @@
+"""The command line as a user sees it: exit codes, one-line errors, output."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from gptdist.cli import build_parser, main
+from tests.conftest import run_gptdist
+from tests.training import run_tiny
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    run_tiny(dataset, folder, "--train.stop_at=2")
+    return folder
+
+
+def test_every_command_has_help(capsys):
+    for name, parser in build_parser()._subparsers._group_actions[0].choices.items():
+        assert parser.description, name
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+    assert "--prompts-file" in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch():
+    """Help and the configuration are there at once."""
+    code = ("import sys; from gptdist.cli import main; main(['config']); "
+            "assert 'torch' not in sys.modules and 'tiktoken' not in sys.modules")
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generate(run, capsys):
+    assert main(["generate", str(run), "--prompt", "def ", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_generate_a_batch_as_json(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    assert main(["generate", str(run), "--prompts-file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4",
+                 "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["one", "two"]
+    assert {row["finish"] for row in rows} <= {"length", "end"}
+
+
+def test_generate_few_shot(run, tmp_path, capsys):
+    (tmp_path / "shots.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    assert main(["generate", str(run), "--prompt", "c", "--examples", str(tmp_path / "shots.jsonl"),
+                 "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("a -> b\nc ->")
+
+
+def test_inspect(run, capsys):
+    assert main(["inspect", str(run), "--verify", "--tensors"]) == 0
+    text = capsys.readouterr().out
+    assert "all correct" in text
+    assert "model.wte.weight" in text
+    assert main(["inspect", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["train_state"]["step"] == 2
+    assert found["tensors"]["model.wte.weight"] == {"shape": [384, 32], "dtype": "float32"}
+
+
+def test_config_shows_a_file_resolved(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: {width: 64}")
+    assert main(["config", str(tmp_path / "run.yaml"), "--optim.lr=1e-4"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["model"]["width"], values["optim"]["lr"]) == (64, 1e-4)
+
+
+def test_evaluate_and_plot(run, dataset, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--data", str(dataset), "--bigram"]) == 0
+    assert "bigram model" in capsys.readouterr().out
+    assert main(["plot", str(run), "--output", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    assert "bias_gelu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["generate", "nowhere", "--prompt", "x"], "nowhere is not a directory"),
+    (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "top-p is 2.0"),
+    (["generate", "{run}", "--prompt", "x", "--device", "abacus"], "--device abacus is no device"),
+    (["inspect", "."], "holds no complete step-* directory"),
+    (["evaluate", "{run}", "--data", "nowhere"], "nowhere does not exist"),
+    (["plot", "{data}"], "has no metrics.jsonl"),
+    (["train", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
+    (["train", "configs/quickstart.yaml", "--model.widht=3"], "did you mean 'width'?"),
+    (["prepare", "--input", "nowhere.txt", "--output", "{tmp}/o", "--tokenizer", "bytes"], "nowhere.txt"),
+    (["prepare", "--input", "{binary}", "--output", "{tmp}/o", "--tokenizer", "bytes"], "binary"),
+    (["prepare", "--input", "{binary}", "--output", "{tmp}/o", "--tokenizer", "abc"], "abc"),
+])
+def test_user_errors_are_one_line_and_exit_code_2(argv, message, run, dataset, tmp_path, capsys):
+    (tmp_path / "binary.txt").write_bytes(b"text\x00\x01\x02" * 100)
+    names = {"run": run, "data": dataset, "tmp": tmp_path, "binary": tmp_path / "binary.txt"}
+    assert main([word.format(**names) for word in argv]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gptdist ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "o").exists()
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["inspect", "nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_device_is_exit_code_3(run, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert main(["generate", str(run), "--prompt", "x", "--device", "cuda"]) == 3
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_python_dash_m_returns_the_exit_code():
+    done = run_gptdist("train", "nowhere.yaml")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_ranks_do_not_repeat_an_error_all_see():
+    done = run_gptdist("train", "nowhere.yaml", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_a_closed_pipe_is_no_error(run):
+    import subprocess
+    import sys
+
+    command = f"{sys.executable} -m gptdist config --show | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=os.environ)
+    assert "Traceback" not in done.stderr
