@@ -21,9 +21,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 started=$SECONDS
 
 if [ ! -f "$DATA/report.json" ]; then
-  gptdist prepare --input embedded --output "$DATA" --tokenizer bpe:1024
+  gptdist prepare --input embedded --output "$DATA" --tokenizer bpe:512
 fi
-train --train.stop_at=150   # stops on purpose, with a checkpoint ...
+train --train.stop_at=400   # stops on purpose, with a checkpoint ...
 train                       # ... and goes on exactly where it was
 
 report="$(gptdist evaluate "$RUN" --which best --bigram --json)"

@@ -48,10 +48,14 @@ def rank_share(sequences: int, rank: int, world: int) -> tuple[int, int]:
     return rank * sequences // world, (rank + 1) * sequences // world
 
 
-def micro_batches_per_step(sequences: int, world: int, micro_batch: int) -> int:
-    """Return how many micro-batches every rank runs: enough for the largest share, ceil(ceil(G / W) / B)."""
+def micro_batches_per_step(sequences: int, world: int, micro_batch: int) -> tuple[int, int]:
+    """Return (how many micro-batches every rank runs, rows of each): enough for the largest share, ceil(G / W).
+
+    At most `micro_batch` rows, and no more than that takes: a row of padding costs as much as any other.
+    """
     largest_share = -(-sequences // world)
-    return -(-largest_share // micro_batch)
+    count = -(-largest_share // micro_batch)
+    return count, -(-largest_share // count)
 
 
 class PretrainSource:
@@ -87,9 +91,8 @@ class PretrainSource:
         self.context = context
         self.sequences_per_step = sequences_per_step
         self._dataset = dataset
-        self._micro_batch = micro_batch
         self._share = rank_share(sequences_per_step, rank, world)
-        self._n_micro = micro_batches_per_step(sequences_per_step, world, micro_batch)
+        self._n_micro, self._micro_batch = micro_batches_per_step(sequences_per_step, world, micro_batch)
         self._order = SampleOrder(self.n_samples, seed, shuffle)
         self._eot = _document_end(dataset, eot) if document_mask else None
         self._skipped = _checked_ranges(skipped)
@@ -187,7 +190,8 @@ def eval_batches(
     n_windows = -(-n_targets // context)
     eot = _document_end(dataset, eot) if document_mask else None
     first, last = rank_share(n_windows, rank, world)
-    for micro in range(micro_batches_per_step(n_windows, world, micro_batch)):
+    n_micro, micro_batch = micro_batches_per_step(n_windows, world, micro_batch)
+    for micro in range(n_micro):
         rows = _Rows(micro_batch, context)
         numbers = range(first + micro * micro_batch, min(first + (micro + 1) * micro_batch, last))
         for row, number in enumerate(numbers):
