@@ -29,7 +29,7 @@ set_up() {
   echo "installing packages (the first time this downloads torch)"
   # torch and the build tools first: the extension is compiled against the torch that will load it.
   "$VENV/bin/python" -m pip install -q -c "$CONSTRAINTS" torch setuptools wheel ninja pybind11 numpy
-  "$VENV/bin/python" -m pip install -q -c "$CONSTRAINTS" --no-build-isolation -e ".[$extras]"
+  "$VENV/bin/python" -m pip install -q -c "$CONSTRAINTS" --no-build-isolation -e ".${extras:+[$extras]}"
   echo "$stamp" > "$VENV/.gptdist-$extras"
 }
 

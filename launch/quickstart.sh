@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 DATA="data/embedded"
 RUN="runs/quickstart"
-PROMPT="The function returns"
+PROMPT="If the"
 
 train() {
   torchrun --standalone --nproc-per-node 2 -m gptdist train configs/quickstart.yaml "$@" || {
@@ -29,7 +29,7 @@ train                       # ... and goes on exactly where it was
 report="$(gptdist evaluate "$RUN" --which best --bigram --json)"
 field() { python -c 'import json, sys; print(json.loads(sys.argv[1])[sys.argv[2]])' "$report" "$1"; }
 gptdist plot "$RUN" --baseline "$(field bigram_loss)" > /dev/null
-sample="$(gptdist generate "$RUN" --which best --prompt "$PROMPT" --max-new-tokens 120 --temperature 0.7 --top-k 50)"
+sample="$(gptdist generate "$RUN" --which best --prompt "$PROMPT" --max-new-tokens 110 --temperature 0.6 --top-k 40 --seed 3)"
 
 printf '\n---- a continuation of "%s" ----\n%s\n' "$PROMPT" "$sample"
 printf '\n---- summary ----\n'
