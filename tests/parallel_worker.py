@@ -28,14 +28,21 @@ CASES = {
     "ddp-dropout": ["--parallel.strategy=ddp", "--model.dropout=0.1"],
     "fsdp-untied-rope-gqa": ["--parallel.strategy=fsdp", "--model.tied=false", "--model.positions=rope",
                              "--model.n_kv_heads=2", "--train.activation_checkpointing=full"],
+    "fsdp-masked": ["--parallel.strategy=fsdp", "--data.path={masked}"],
+    "ddp-masked": ["--parallel.strategy=ddp", "--data.path={masked}"],
     "fsdp-bf16": ["--parallel.strategy=fsdp", "--train.precision=bf16"],
 }
 
 
+def case_options(name: str, out: Path) -> list[str]:
+    """The overrides of a case. {masked}: a dataset most of whose targets count for nothing."""
+    return [option.format(masked=out / "masked") for option in CASES[name]]
+
+
 def main(data: Path, out: Path, chain_stop: int, chain_strategy: str) -> None:
     world = int(dist_world())
-    for name, overrides in CASES.items():
-        run_tiny(data, out / f"{name}-{world}", *overrides, "--data.workers=2")
+    for name in CASES:
+        run_tiny(data, out / f"{name}-{world}", *case_options(name, out), "--data.workers=2")
     # Resume at the same world size, here bit for bit.
     run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"], "--train.stop_at=9")
     run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"])

@@ -262,3 +262,16 @@ def test_waiting_is_measured():
     with Prefetcher(FakeSource(seconds=0.02), workers=0) as prefetcher:
         next(prefetcher)
         assert 0.02 <= prefetcher.wait_s < 1
+
+
+@pytest.mark.parametrize("read", [lambda ds: source(ds).step(0, 0), lambda ds: list(
+    eval_batches(ds, context=T, micro_batch=4))])
+def test_an_id_beyond_the_vocabulary_is_named_before_it_reaches_the_model(tmp_path, read):
+    with write_dataset(tmp_path / "train", **META) as writer:
+        writer.add(np.arange(T * 5) % EOT)
+    shard = tmp_path / "train" / "shard-00000.tokens.bin"
+    tokens = np.fromfile(shard, np.uint16)
+    tokens[T] = 60  # the last target of the first window and a token of the second
+    tokens.tofile(shard)
+    with pytest.raises(UserError, match=r"token id 60 is beyond the vocabulary of 51.*gptdist verify"):
+        read(TokenDataset.open(tmp_path / "train"))

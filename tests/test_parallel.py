@@ -1,9 +1,14 @@
 """single = ddp = fsdp at world sizes 1, 2, 3, 4, with uneven shares, accumulation, clipping, dropout and resharding."""
 
+import shutil
+
+import numpy as np
 import pytest
 
+from gptdist.data.format import TokenDataset
+from gptdist.data.writer import write_dataset
 from tests.conftest import torchrun
-from tests.parallel_worker import CASES
+from tests.parallel_worker import CASES, case_options
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 
 WORLDS = (2, 3, 4)
@@ -14,8 +19,9 @@ CHAIN = {2: (12, "fsdp"), 3: (15, "ddp"), 4: (18, "fsdp")}  # world size -> wher
 def runs(dataset, tmp_path_factory):
     """The single-process references, then every world size started once."""
     out = tmp_path_factory.mktemp("runs")
-    for name, overrides in CASES.items():
-        single = [o for o in overrides if not o.startswith("--parallel.strategy")]
+    make_masked_copy(dataset, out / "masked")
+    for name in CASES:
+        single = [o for o in case_options(name, out) if not o.startswith("--parallel.strategy")]
         run_tiny(dataset, out / f"{name}-1", *single, "--data.workers=0")
     run_tiny(dataset, out / "chain", "--train.stop_at=7")
     for world in WORLDS:
@@ -24,6 +30,18 @@ def runs(dataset, tmp_path_factory):
         assert done.returncode == 0, done.stderr[:6000]
     run_tiny(dataset, out / "chain")
     return out
+
+
+def make_masked_copy(dataset, path):
+    """The dataset with a loss mask in runs, so that some sequences have no target at all and others all of them."""
+    shutil.copytree(dataset, path)
+    shutil.rmtree(path / "train")
+    source = TokenDataset.open(dataset / "train")
+    tokens = source.window(0, len(source))
+    mask = np.repeat(np.random.default_rng(0).random(len(tokens) // 50 + 1) < 0.3, 50)[:len(tokens)]
+    with write_dataset(path / "train", tokenizer_hash=source.meta.tokenizer_hash, vocab_size=source.meta.vocab_size,
+                       eot=source.meta.eot, loss_mask=True) as writer:
+        writer.add(tokens, mask.astype(np.uint8))
 
 
 @pytest.mark.parametrize("world", WORLDS)

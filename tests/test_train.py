@@ -262,3 +262,10 @@ def test_metrics_of_a_killed_write_are_readable(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n{"kind": "train", "st')
     assert [row["step"] for row in read_rows(path)] == [1]
+
+
+@pytest.mark.long
+def test_compiled_training_gives_the_same_curve(dataset, tmp_path):
+    plain = run_tiny(dataset, tmp_path / "plain", "--model.dropout=0.1")
+    compiled = run_tiny(dataset, tmp_path / "compiled", "--model.dropout=0.1", "--train.compile=true")
+    assert_same_curve(compiled, plain)

@@ -124,6 +124,7 @@ class PretrainSource:
         data_hash = 0
         for row, (number, index) in enumerate(zip(numbers.tolist(), self._order.index(numbers).tolist(), strict=True)):
             data_hash += self._fill(rows, row, number, index * self.context)
+        rows.check_ids(self._dataset)
         n_targets = len(numbers) * self.context
         if self._dataset.has_stream("loss_mask"):
             n_targets = int((rows.targets != IGNORED).sum())
@@ -148,6 +149,15 @@ class _Rows:
         self.tokens = np.zeros((n_rows, context), np.int64)
         self.targets = np.full((n_rows, context), IGNORED, np.int64)
         self.sample_ids = np.full(n_rows, -1, np.int64)
+
+    def check_ids(self, dataset: TokenDataset) -> None:
+        """Raise UserError for a token id beyond the dataset's vocabulary, before it reaches an embedding."""
+        largest = max(int(self.tokens.max(initial=0)), int(self.targets[:, -1:].max(initial=0)))
+        if dataset.meta.vocab_size is not None and largest >= dataset.meta.vocab_size:
+            raise UserError(
+                f"{dataset.path}: token id {largest} is beyond the vocabulary of {dataset.meta.vocab_size}: a shard "
+                f"was altered; check it with `gptdist verify {dataset.path}`, or prepare the dataset again"
+            )
 
     def batches(self, micro_batch: int, eot: int | None) -> list[Batch]:
         """Cut into micro-batches (views); with `eot` also compute each document's start."""
@@ -203,6 +213,7 @@ def eval_batches(
             rows.sample_ids[row] = number
             if dataset.has_stream("loss_mask"):
                 rows.targets[row, :n][dataset.window(start + 1, n, "loss_mask") == 0] = IGNORED
+        rows.check_ids(dataset)
         yield from rows.batches(micro_batch, eot)
 
 

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from gptdist.checkpoint.restore import load_model
 from gptdist.data.loader import eval_batches
@@ -30,10 +32,12 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, device: str = "cp
         raise UserError(f"{path} has no val/: prepare it with a held-out share above 0")
 
     def batches():
-        return eval_batches(val, context=config.model.context, micro_batch=micro_batch, rank=0, world=1)
+        return eval_batches(val, context=config.model.context, micro_batch=micro_batch)
 
     loss_sum, count = 0.0, 0
-    for batch in batches():
+    n_batches = -(-(len(val) - 1) // (config.model.context * micro_batch))
+    progress = Console(stderr=True)
+    for batch in track(batches(), "evaluate", n_batches, console=progress, disable=not progress.is_terminal):
         loss_sum += model(batch.tokens.to(device), batch.targets.to(device)).double().sum().item()
         count += int((batch.targets >= 0).sum())
     loss = loss_sum / count
