@@ -1,12 +1,14 @@
 """How many tokens per second one process loads from the page cache.
 
-    python -m benchmarks.loader [--context 1024] [--sequences 512] [--workers 0 1 2] [--seconds 2]
+    python -m benchmarks.loader [--context 1024] [--sequences 512] [--workers 0 1 2] [--seconds 2] [--run RUN_DIR]
 
 Windows of a uint16 dataset in a temporary directory, shuffled, as int64 tokens and targets, hashes included.
-The aim is more than 50 million tokens per second and process.
+The aim is more than 50 million tokens per second and process. With --run, also the share of step time that a training
+run spent waiting for data, from its metrics (aim: below 1 %).
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from benchmarks.tokenize import describe
 from gptdist.data.format import TokenDataset
 from gptdist.data.loader import Prefetcher, PretrainSource
 from gptdist.data.writer import write_dataset
+from gptdist.metrics import read_rows
 
 
 def make_dataset(path: Path, n_tokens: int, n_shards: int) -> TokenDataset:
@@ -50,8 +53,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--run", type=Path)
     options = parser.parse_args()
     print(describe("benchmarks.loader"))
+    if options.run:
+        shares = [row["data_wait_share"] for row in read_rows(options.run / "metrics.jsonl") if row["kind"] == "train"]
+        print(f"{options.run}: waiting for data {statistics.fmean(shares):.3%} of step time over {len(shares)} steps, "
+              f"median {statistics.median(shares):.3%}, worst step {max(shares):.2%}")
     with tempfile.TemporaryDirectory() as directory:
         for n_shards in (1, 8):
             dataset = make_dataset(Path(directory) / str(n_shards), options.tokens, n_shards)

@@ -71,7 +71,7 @@ def train_hugging_face(n_mergeable: int, texts: Iterable[str], pattern: str = GP
         ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_mergeable, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=n_mergeable, initial_alphabet=alphabet, show_progress=True)
     trained.train_from_iterator(texts, trainer)
     return trained
 
