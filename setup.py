@@ -40,8 +40,8 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": ["fastapi", "uvicorn"],
     "data": ["pyarrow"],
-    "convert": ["gguf"],
-    "test": ["pytest", "hypothesis", "transformers>=4.45", "ruff"],
+    "convert": ["gguf>=0.17"],
+    "test": ["pytest", "hypothesis", "transformers>=4.45", "gguf>=0.17", "ruff"],
 }
 
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI the library may use

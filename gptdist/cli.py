@@ -18,6 +18,7 @@ Train a GPT from scratch. The configuration is a YAML file; every value can be o
   one node, N ranks   torchrun --nproc-per-node N -m gptdist train configs/quickstart.yaml
   several nodes       torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
                         -m gptdist train configs/quickstart.yaml
+  DeepSpeed's launcher  deepspeed --num_gpus N --module gptdist train configs/quickstart.yaml
 
 Started again, it goes on from the run's newest complete checkpoint (checkpoint.resume)."""
 
@@ -34,6 +35,20 @@ Continue prompts with a trained model.
   gptdist generate runs/quickstart --prompts-file prompts.txt --json
   gptdist generate runs/quickstart --examples shots.jsonl --prompt "query"     (few-shot)"""
 
+IMPORT_HELP = """\
+Turn another program's GPT-2 into a checkpoint: weights and tokenizer, no optimizer (train on with
+checkpoint.init_from). Nothing is downloaded, and no code in a file is run.
+
+  gptdist import gpt2/ --output models/gpt2                                        (Hugging Face)
+  gptdist import out/ckpt.pt --output models/mine --tokenizer gpt2-files/           (nanoGPT)
+  gptdist import run/zero --output models/mine --config run/config.yaml             (DeepSpeed ZeRO)"""
+
+EXPORT_HELP = """\
+Write a checkpoint in another program's format.
+
+  gptdist export runs/quickstart --format hf --output exported/                     (transformers)
+  gptdist export runs/quickstart --format gguf --dtype fp16 --output model.gguf     (llama.cpp)"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptdist", description="Train GPT models, on a laptop or a cluster.")
@@ -45,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_plot(commands)
     _add_inspect(commands)
+    _add_verify(commands)
+    _add_import(commands)
+    _add_export(commands)
     _add_config(commands)
     _add_doctor(commands)
     for command in commands.choices.values():
@@ -73,6 +91,8 @@ def _add_config(commands) -> None:
     parser = _command(commands, "config", run_config, "show the configuration: every field, its default, its meaning")
     parser.add_argument("config", nargs="?", help="a YAML file to check and show resolved; default: all defaults")
     parser.add_argument("--show", action="store_true", help="print it (the default action)")
+    parser.add_argument("--deepspeed", action="store_true", help="print the DeepSpeed JSON that it means (zero1-3)")
+    parser.add_argument("--processes", type=int, default=1, help="with --deepspeed: for this many (default: 1)")
 
 
 def _add_doctor(commands) -> None:
@@ -86,6 +106,32 @@ def _add_inspect(commands) -> None:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--verify", action="store_true", help="check every sha256")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_verify(commands) -> None:
+    parser = _command(commands, "verify", run_verify, "check a checkpoint's checksums, keys, shapes, dtypes and values")
+    _add_checkpoint(parser)
+
+
+def _add_import(commands) -> None:
+    parser = _command(commands, "import", run_import, "turn another program's GPT-2 into a checkpoint", IMPORT_HELP)
+    parser.add_argument("source", help="a Hugging Face or DeepSpeed directory, or nanoGPT's ckpt.pt or its directory")
+    parser.add_argument("--output", required=True, help="checkpoint directory to create")
+    parser.add_argument("--tokenizer", metavar="PATH",
+                        help="the model's tokenizer, where none is beside it: a directory with tokenizer.json, with "
+                             "vocab.json and merges.txt, or anything that `gptdist prepare --tokenizer` takes")
+    parser.add_argument("--format", choices=("auto", "hf", "nanogpt", "deepspeed"), default="auto")
+    parser.add_argument("--config", metavar="YAML", help="DeepSpeed: the run's configuration (default: config.yaml in "
+                                                         "the directory or above)")
+
+
+def _add_export(commands) -> None:
+    parser = _command(commands, "export", run_export, "write a checkpoint in another program's format", EXPORT_HELP)
+    _add_checkpoint(parser)
+    parser.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: a directory; gguf: a file")
+    parser.add_argument("--output", required=True, help="directory or file to create")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights written")
+    parser.add_argument("--shard-size", default="5GB", help="hf: largest file, such as 500MB (default: %(default)s)")
 
 
 def _add_evaluate(commands) -> None:
@@ -258,10 +304,41 @@ def run_inspect(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def run_verify(args: argparse.Namespace) -> int:
+    from gptdist.checkpoint.layout import resolve
+    from gptdist.checkpoint.verify_values import verify_values
+
+    print(verify_values(resolve(args.checkpoint, args.which)))
+    return EXIT_DONE
+
+
+def run_import(args: argparse.Namespace) -> int:
+    from gptdist.convert.importer import import_model
+
+    done = import_model(args.source, args.output, tokenizer=args.tokenizer, format=args.format, config=args.config)
+    print(f"{done.path}: {done.parameters:,} parameters from {done.format}, vocabulary {done.config.vocab_size}")
+    if done.note:
+        print(f"note: {done.note}")
+    return EXIT_DONE
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from gptdist.checkpoint.layout import resolve
+    from gptdist.convert.exporter import export_model
+
+    print(export_model(resolve(args.checkpoint, args.which), args.output, format=args.format, dtype=args.dtype,
+                       shard_size=args.shard_size))
+    return EXIT_DONE
+
+
 def run_config(args: argparse.Namespace, overrides: list[str]) -> int:
     from gptdist import config
 
-    if args.config is None and not overrides:
+    if args.deepspeed:
+        from gptdist.parallel.deepspeed_config import resolved_deepspeed_config
+
+        print(json.dumps(resolved_deepspeed_config(config.load(args.config, overrides), args.processes), indent=2))
+    elif args.config is None and not overrides:
         print(config.show(), end="")
     else:
         print(config.to_yaml(config.load(args.config, overrides)), end="")
@@ -280,6 +357,10 @@ TAKES_OVERRIDES = (run_train, run_config)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. User errors are one line on stderr, without a traceback."""
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # DeepSpeed's launcher puts --local_rank=N before the command; the environment says the same.
+    while argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
+        argv = argv[1:]
     args, rest = parser.parse_known_args(argv)
     if rest and args.run not in TAKES_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

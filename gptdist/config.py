@@ -180,16 +180,39 @@ class ScheduleConfig:
 class ParallelConfig:
     """How the model is spread over the processes."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = _option(
-        "auto", "single: one process; ddp: a replica per rank; fsdp: sharded (FSDP2); auto: single or fsdp")
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = _option(
+        "auto", "single: one process; ddp: a replica per rank; fsdp: sharded (FSDP2); hsdp: sharded inside each of "
+                "`replicas` groups; zero1, zero2, zero3: DeepSpeed, needs that package; auto: single or fsdp")
+    replicas: int = _option(0, "hsdp: copies of the model, each sharded over ranks / replicas; 0: one per node")
+    offload_optimizer: bool = _option(False, "zero1-3: optimizer state and its step in host memory")
+    offload_parameters: bool = _option(False, "zero3: parameter shards in host memory")
+    offload_adam: Literal["torch", "deepspeed"] = _option(
+        "torch", "AdamW of an offloaded optimizer; deepspeed: its C++ CPUAdam, compiled at first use")
+    deepspeed_config: str | None = _option(
+        None, "zero1-3: DeepSpeed JSON laid over the derived one (`gptdist config CONFIG --deepspeed` prints it)")
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: cuda where a GPU is visible")
     reshard_after_forward: bool = _option(True, "fsdp: free the gathered weights of a block after its forward (ZeRO-3)")
     threads: int = _option(0, "CPU threads per process; 0: cores of this host / processes on it")
     timeout_s: int = _option(1800, "seconds after which a collective that does not finish ends the run")
 
     def __post_init__(self) -> None:
+        self._check_sharding()
         _require(self.threads >= 0, f"parallel.threads is {self.threads}, expected 0 or more")
         _require(self.timeout_s > 0, f"parallel.timeout_s is {self.timeout_s}, expected > 0")
+
+    def _check_sharding(self) -> None:
+        zero = self.strategy.startswith("zero")
+        _require(self.replicas >= 0, f"parallel.replicas is {self.replicas}, expected 0 (one per node) or more")
+        _require(self.replicas == 0 or self.strategy == "hsdp",
+                 f"parallel.replicas={self.replicas} belongs to parallel.strategy=hsdp, got {self.strategy}")
+        _require(zero or not self.offload_optimizer,
+                 f"parallel.offload_optimizer needs parallel.strategy=zero1, zero2 or zero3, got {self.strategy}")
+        _require(self.strategy == "zero3" or not self.offload_parameters,
+                 f"parallel.offload_parameters needs parallel.strategy=zero3, got {self.strategy}")
+        _require(self.offload_optimizer or self.offload_adam == "torch",
+                 "parallel.offload_adam=deepspeed is for parallel.offload_optimizer=true")
+        _require(zero or self.deepspeed_config is None,
+                 f"parallel.deepspeed_config needs parallel.strategy=zero1, zero2 or zero3, got {self.strategy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +238,9 @@ class CheckpointConfig:
     resume: str = _option("auto", "auto: the run's newest complete checkpoint, if any; never; or a checkpoint's path")
     init_from: str | None = _option(None, "start from this checkpoint's weights only: fresh optimizer, step 0")
     verify: bool = _option(True, "check every sha256 before loading")
+    asynchronous: bool = _option(
+        True, "training waits only while its state is copied to host memory (a second copy of each rank's share stays "
+              "there); writing goes on beside it. The run's last save is never in the background")
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every is {self.every}, expected 0 or more")

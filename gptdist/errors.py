@@ -6,13 +6,24 @@ Exit codes: 0 done, 1 a bug (traceback), 2 the user's input, 3 a device or tool 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MISSING, EXIT_REQUEUE = 0, 1, 2, 3, 75
 
 
-class UserError(Exception):
-    """The user's input is at fault. The message is one line: what was wrong, where, what was expected, what to do."""
+class ActionableError(Exception):
+    """The message is one line: what was wrong, where, what was expected, what to do. Shown without a traceback."""
+
+    exit_code: int
+    agreed = False  # True: every rank raises this error, so that one of them need say it
+
+
+class UserError(ActionableError):
+    """The user's input is at fault."""
 
     exit_code = EXIT_USER
 
 
-class MissingError(Exception):
+class DamagedError(UserError):
+    """A file is there and can be read, but is not what was written."""
+
+
+class MissingError(ActionableError):
     """A device, tool or package that was asked for is not there. The message says which, and how to get it."""
 
     exit_code = EXIT_MISSING

@@ -5,23 +5,29 @@ measures, evaluates, saves and resumes. Which tokens a step sees is a function o
 continues exactly.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.files import user_errors
 from gptdist.checkpoint.ranks import Ranks
+from gptdist.checkpoint.restore import read_config
+from gptdist.checkpoint.saver import Saver
 from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
 from gptdist.data.tokenizer import Tokenizer
-from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, UserError
-from gptdist.faults import StopSignal, clear_exit_record
+from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
+from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
 from gptdist.model import build_meta
 from gptdist.optim.adamw import build_adamw
@@ -42,6 +48,7 @@ class TrainState:
     tokens: int = 0  # target tokens seen
     val_loss: float | None = None  # validation loss of exactly these weights, if evaluated
     best_val_loss: float | None = None
+    dataset: str | None = None  # sha256 of the training split's meta.json; None: not trained here yet
     format: int = TRAIN_STATE_FORMAT
 
     @classmethod
@@ -61,18 +68,22 @@ class Trainer:
 
     def __init__(self, config: Config, world: World):
         self.world = world
-        self.task = Pretrain(config, world)
+        self.ranks = Ranks(None)
+        self.task = self.ranks.on_all(lambda: Pretrain(config, world))
         self.config = self.task.config
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / "checkpoints"
-        self.ranks = Ranks(None)
-        self.state = TrainState()
+        self.state = TrainState(dataset=self.task.dataset_id)
         self.stop = StopSignal()
         self.strategy = make_strategy(world, self.config)
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         self._bad_steps = 0
 
     def run(self) -> int:
+        with contextlib.ExitStack() as self.held:
+            return self._run()
+
+    def _run(self) -> int:
         self.ranks.on_coordinator(self._open_run_dir)
         self.stop.install()
         source = self._choose_start()
@@ -84,11 +95,12 @@ class Trainer:
             self.console.print(f"nothing to do: {self.state.step} of {self.config.train.last_step} steps are done")
             return EXIT_DONE
         self.metrics = None
-        if self.world.is_main:
-            self.metrics = Metrics(self.run_dir, self.config.run, start_step=self.state.step,
-                                   resolved=to_dict(self.config))
+        self.ranks.on_coordinator(self._open_metrics)
+        keep = self.config.checkpoint
         try:
-            return self._loop()
+            with Saver(self.root, keep_last=keep.keep_last, keep_best=keep.keep_best,
+                       timeout_s=self.config.parallel.timeout_s) as self.saver:
+                return self._loop()
         finally:
             if self.metrics is not None:
                 self.metrics.close()
@@ -99,12 +111,17 @@ class Trainer:
         """Make the run directory and clear what dead runs left. On the main rank."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(lock_run_dir(self.run_dir))
             clear_exit_record(self.run_dir)
-            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
         except OSError as error:
-            raise UserError(f"cannot write to run.dir={self.run_dir}: {error.strerror}: "
-                            f"choose a writable directory") from error
+            reason = "it is a file" if self.run_dir.is_file() else error.strerror
+            raise UserError(f"cannot write to run.dir={self.run_dir}: {reason}: choose a writable directory") from error
         layout.clean_stale(self.root)
+
+    def _open_metrics(self) -> None:
+        with user_errors("write to"):
+            (self.run_dir / "config.yaml").write_text(to_yaml(self.config))
+        self.metrics = Metrics(self.run_dir, self.config.run, start_step=self.state.step, resolved=to_dict(self.config))
 
     def _choose_start(self) -> tuple[str, Path] | None:
         """("resume" | "init", verified checkpoint), or None for a fresh run.
@@ -118,7 +135,7 @@ class Trainer:
             try:
                 store.verify_together(source[1])
                 return source
-            except UserError as error:
+            except DamagedError as error:
                 if source[0] != "resume" or self.config.checkpoint.resume != "auto":
                     raise
                 reason = str(error)
@@ -129,7 +146,7 @@ class Trainer:
         options = self.config.checkpoint
         complete, damaged = layout.scan(self.root)
         for path, reason in damaged:
-            if layout.is_newer_format(path):
+            if not layout.is_damaged(path):
                 raise UserError(reason)
             self._set_aside(path, reason)
         if options.resume == "never" and complete:
@@ -141,6 +158,9 @@ class Trainer:
             return "resume", chosen
         if complete:
             return "resume", complete[-1]
+        if lost := sorted(self.root.glob("damaged-*")):
+            raise UserError(f"run.dir={self.run_dir} has only damaged checkpoints, such as {lost[-1].name}: repair one "
+                            f"and give it its step-* name back, or choose another run.dir to start afresh")
         return ("init", layout.resolve(options.init_from)) if options.init_from else None
 
     def _refuse_later(self, chosen: Path, complete: list[Path]) -> None:
@@ -157,17 +177,37 @@ class Trainer:
         if source is None:
             return
         kind, path = source
-        self.ranks.on_all(lambda: check_tokenizer(path, self.task.tokenizer, self.config.data.path))
+        self.ranks.on_all(lambda: self._check_fit(kind, path))
         if kind == "init":
             store.load(path, self.strategy.model_state())
+            self.strategy.loaded()
             return
         state = TrainState.read(path)
         store.load(path, self.strategy.state())
+        self.strategy.loaded()
         self.state = state
+
+    def _check_fit(self, kind: str, checkpoint: Path) -> None:
+        """Raise UserError where the checkpoint is of another model, tokenizer or, resuming, other data."""
+        check_tokenizer(checkpoint, self.task.tokenizer, self.config.data.path)
+        saved = read_config(checkpoint)
+        # A longer or shorter rotary context is a new run's choice; a learned position table has its own shape check.
+        _check_equal(checkpoint, "model", saved.model, self.config.model,
+                     but=("dropout", "context") if kind == "init" else ("dropout",),
+                     advice="use the model the checkpoint was trained with")
+        if kind == "init":
+            return
+        advice = "a run keeps its data; for another one start anew from these weights with checkpoint.init_from"
+        _check_equal(checkpoint, "data", saved.data, self.config.data, only=("shuffle", "document_mask"), advice=advice)
+        _check_equal(checkpoint, "run", saved.run, self.config.run, only=("seed",), advice=advice)
+        dataset = TrainState.read(checkpoint).dataset
+        if dataset != self.task.dataset_id:
+            raise UserError(f"{checkpoint} was trained on other data than {self.config.data.path}/train: {advice}"
+                            if dataset else f"{checkpoint} was imported, not trained here: use checkpoint.init_from")
 
     def _announce(self, source: tuple[str, Path] | None) -> None:
         config, world = self.config, self.world
-        n = sum(p.numel() for p in self.strategy.model.parameters())
+        n = self.strategy.n_parameters
         start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
         self.console.print(
             f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy} on {world.size} x "
@@ -221,7 +261,8 @@ class Trainer:
         loss = self.world.sum(loss_sum).item() / max(n_targets, 1)
         self.state = TrainState(
             step=batch.step + 1, next_sample=self.task.source.advance(self.state.next_sample),
-            tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss)
+            tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss,
+            dataset=self.task.dataset_id)
         seconds = time.perf_counter() - started
         return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
                 "tokens_per_s": n_targets / seconds, "stop": stop}
@@ -259,7 +300,7 @@ class Trainer:
             is_best = self._evaluate()
         due = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
         if due or (is_best and config.checkpoint.keep_best):
-            self.save()
+            self.save(background=config.checkpoint.asynchronous and not (last or stopping))
 
     def _evaluate(self) -> bool:
         """Validation loss into state and metrics; True if it is the lowest so far."""
@@ -275,20 +316,27 @@ class Trainer:
         self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}")
         return is_best
 
-    def save(self) -> Path:
+    def save(self, *, background: bool = False) -> None:
         """Save a checkpoint of the current step, then drop those that retention does not keep."""
         files = {"train_state.json": json.dumps(dataclasses.asdict(self.state)).encode(),
                  "config.yaml": to_yaml(self.config).encode()}
         files |= {f"tokenizer/{name}": data for name, data in self.task.tokenizer.files().items()}
-        path = store.save(self.root, self.state.step, self.strategy.state(), files if self.world.is_main else {})
-        keep = self.config.checkpoint
-        self.ranks.on_coordinator(lambda: layout.prune(self.root, keep.keep_last, keep.keep_best))
-        return path
+        self.saver.save(self.state.step, self.strategy.state(), files if self.world.is_main else {},
+                        background=background)
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[note]}"))
         return Progress(*columns, console=self.console, disable=not (self.world.is_main and self.console.is_terminal))
+
+
+def _check_equal(checkpoint: Path, section: str, saved: Any, wanted: Any, *, advice: str, only: Sequence[str] = (),
+                 but: Sequence[str] = ()) -> None:
+    """Raise UserError naming the first field of a section that the checkpoint has otherwise."""
+    for name in only or [field.name for field in dataclasses.fields(wanted)]:
+        ours, theirs = getattr(wanted, name), getattr(saved, name)
+        if name not in but and ours != theirs:
+            raise UserError(f"{checkpoint} has {section}.{name}={theirs}, this run {section}.{name}={ours}: {advice}")
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, data_path: str) -> None:

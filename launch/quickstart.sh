@@ -10,6 +10,7 @@ RUN="runs/quickstart"
 PROMPT="If the"
 
 train() {
+  rm -f "$RUN/exit.json"  # what an earlier run left says nothing about this one
   torchrun --standalone --nproc-per-node 2 -m gptdist train configs/quickstart.yaml "$@" || {
     code="$(job_exit_code "$RUN" $?)"
     die "training ended with exit code $code" "$code"

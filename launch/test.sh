@@ -7,5 +7,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 which=(-m "not long")
 if [ "${1:-}" = "--all" ]; then which=(); shift; fi
-set_up test
+set_up test,deepspeed
 exec python -m pytest -q "${which[@]}" "$@"

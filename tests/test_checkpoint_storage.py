@@ -113,9 +113,9 @@ def test_shape_and_dtype_mismatch(saved):
 
 
 def test_refuses_what_it_cannot_store(tmp_path):
-    with pytest.raises(RuntimeError, match=r"model\.x is not a tensor"):
+    with pytest.raises(TypeError, match=r"model\.x is not a tensor"):
         checkpoint.save(tmp_path, 1, {"model.x": object()})
-    with pytest.raises(RuntimeError, match=r"model\.c has dtype torch\.complex64"):
+    with pytest.raises(TypeError, match=r"model\.c has dtype torch\.complex64"):
         checkpoint.save(tmp_path, 1, {"model.c": torch.zeros(2, dtype=torch.complex64)})
     assert list(tmp_path.iterdir()) == []
 

@@ -187,8 +187,13 @@ def test_loss_is_divided_by_the_number_of_targets(dataset, tmp_path):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["--checkpoint.resume=never"], "already has step-00000020, but checkpoint.resume=never"),
     (["--checkpoint.resume=nowhere"], "nowhere is not a directory"),
-    (["--model.width=64"], "this model wants"),
-    (["--model.tied=false"], "has no model.head.weight"),
+    (["--model.width=64"], "has model.width=32, this run model.width=64"),
+    (["--model.tied=false"], "has model.tied=True, this run model.tied=False"),
+    (["--model.n_heads=8"], "has model.n_heads=4, this run model.n_heads=8"),
+    (["--model.n_layers=1"], "has model.n_layers=2"),
+    (["--model.positions=rope"], "has model.positions=learned"),
+    (["--run.seed=5"], "has run.seed=1337, this run run.seed=5: a run keeps its data"),
+    (["--data.shuffle=false"], "has data.shuffle=True"),
     (["--model.vocab_size=100"], "model.vocab_size=100 is below the tokenizer's 257 ids"),
 ])
 def test_bad_starts_of_an_existing_run(dataset, finished, overrides, message):
@@ -226,7 +231,7 @@ def test_another_tokenizer_is_refused(dataset, finished, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
-    prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "bpe"), tokenizer="bpe:257", dedup=False,
+    prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "bpe"), tokenizer="bpe:258", dedup=False,
                           val_fraction=0.0, document_separator="blank-line", workers=1))
     with pytest.raises(UserError, match=r"was trained with tokenizer .* but .* was prepared with"):
         run_tiny(tmp_path / "bpe", finished, "--train.steps=21")
@@ -269,3 +274,75 @@ def test_compiled_training_gives_the_same_curve(dataset, tmp_path):
     plain = run_tiny(dataset, tmp_path / "plain", "--model.dropout=0.1")
     compiled = run_tiny(dataset, tmp_path / "compiled", "--model.dropout=0.1", "--train.compile=true")
     assert_same_curve(compiled, plain)
+
+
+def test_resuming_on_other_data_is_refused(dataset, finished, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    meta = other / "train" / "meta.json"
+    meta.write_text(meta.read_text() + " ")
+    with pytest.raises(UserError, match=r"was trained on other data than .*other/train"):
+        run_tiny(other, finished, "--train.steps=21")
+
+
+def test_initialising_another_model_is_refused(dataset, finished, tmp_path):
+    with pytest.raises(UserError, match=r"has model\.n_layers=2, this run model\.n_layers=1"):
+        run_tiny(dataset, tmp_path / "next", f"--checkpoint.init_from={finished}", "--model.n_layers=1")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(dataset, tmp_path):
+    run = tmp_path / "run"
+    run_tiny(dataset, run, "--train.stop_at=3")
+    shard = layout.latest(run / "checkpoints") / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    rows = train_rows(run)
+    for _ in range(2):
+        with pytest.raises(UserError, match="has only damaged checkpoints, such as damaged-step-00000003"):
+            run_tiny(dataset, run)
+    assert train_rows(run) == rows
+
+
+def test_checkpoints_that_cannot_be_read_just_now_are_left_alone(dataset, finished, monkeypatch):
+    names = sorted(p.name for p in (finished / "checkpoints").iterdir())
+    monkeypatch.setattr(layout, "hash_file", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", "x")))
+    with pytest.raises(UserError, match="cannot read x: Input/output error"):
+        run_tiny(dataset, finished, "--train.steps=21")
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == names
+
+
+def test_an_error_on_one_rank_is_the_error_of_the_run(dataset, tmp_path):
+    """Rank 1 meets a bad token id; rank 0 only loses its connection. exit.json and stderr tell of rank 1's."""
+    import shutil
+
+    import numpy as np
+
+    from tests.conftest import torchrun
+
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    shard = data / "train" / "shard-00000.tokens.bin"
+    tokens = np.fromfile(shard, np.uint16)
+    tokens[6 * 32 + 5] = 60000  # without shuffling: the seventh of eleven windows of the first step, which rank 1 reads
+    tokens.tofile(shard)
+    config = tmp_path / "run.yaml"
+    config.write_text(config_module.to_yaml(tiny_config(data, tmp_path / "run", "--data.shuffle=false")))
+    done = torchrun(2, "-m", "gptdist", "train", str(config))
+    assert done.returncode != 0
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (record["code"], record["rank"]) == (2, 1)
+    assert "token id 60000 is beyond the vocabulary" in record["message"]
+    assert "gptdist train [rank 1]: " in done.stderr
+    assert "gloo" not in done.stderr, "the other rank's lost connection is not shown"
+
+
+def test_two_runs_in_one_directory_are_refused(dataset, tmp_path):
+    from gptdist.faults import lock_run_dir
+
+    (tmp_path / "run").mkdir()
+    with lock_run_dir(tmp_path / "run"), pytest.raises(UserError, match=r"another process is training in run\.dir="):
+        run_tiny(dataset, tmp_path / "run")
+    assert run_tiny(dataset, tmp_path / "run", "--train.stop_at=1")

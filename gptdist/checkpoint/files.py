@@ -5,7 +5,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from gptdist.errors import UserError
 
 # Bytes copied, hashed and written at a time. This bounds the extra memory of a save or a load: two blocks at most live.
 BLOCK_BYTES = 16 << 20
+FLUSH_BYTES = 64 << 20  # written between two flushes to the disk, so that it works from the start
 
 _ADVICE = {
     errno.ENOSPC: "free some disk space or keep fewer checkpoints",
@@ -36,10 +37,11 @@ class FileRecord:
 def write_file(path: Path, blocks: Iterable) -> FileRecord:
     """Create `path` (it must not exist) from byte buffers, fsync it, and return its size and sha256.
 
-    Hashing runs beside writing, a block at a time, so a stream never needs more memory than its largest block.
+    Hashing and the disk run beside writing: a stream never needs more memory than its largest block, and little is left
+    for the last fsync to do (1 rank, 500 MB, sha256 as fast as the disk: half the time of a save was that fsync).
     """
-    digest, size = hashlib.sha256(), 0
-    with naming(path), ThreadPoolExecutor(1) as hasher:
+    digest, size, flushed, flush = hashlib.sha256(), 0, 0, None
+    with naming(path), ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             for block in blocks:
@@ -47,10 +49,21 @@ def write_file(path: Path, blocks: Iterable) -> FileRecord:
                 _write_all(fd, memoryview(block))
                 hashed.result()
                 size += len(block)
+                if size - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
+                    _result(flush)
+                    flushed, flush = size, flusher.submit(os.fdatasync, fd)
+            _result(flush)
             os.fsync(fd)
         finally:
+            flusher.shutdown()  # before the descriptor's number can mean another file
             os.close(fd)
     return FileRecord(size, digest.hexdigest())
+
+
+def _result(flush: Future | None) -> None:
+    """An error of the disk is told to one flush only: none may be lost."""
+    if flush is not None:
+        flush.result()
 
 
 def _write_all(fd: int, view: memoryview) -> None:

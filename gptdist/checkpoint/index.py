@@ -14,7 +14,7 @@ import torch
 
 from gptdist.checkpoint.files import plain_name
 from gptdist.checkpoint.shards import DTYPES
-from gptdist.errors import UserError
+from gptdist.errors import DamagedError, UserError
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -131,5 +131,5 @@ def _meet(a: Chunk, b: Chunk) -> bool:
     return all(ao < bo + bn and bo < ao + an for ao, an, bo, bn in spans)
 
 
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
+def _damaged(path: Path, why: str) -> DamagedError:
+    return DamagedError(f"damaged checkpoint: {path}: {why}; use another checkpoint")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from gptdist.checkpoint.files import FileRecord, hash_file, plain_name, user_errors
 from gptdist.checkpoint.index import FORMAT, INDEX_NAME, check_format
-from gptdist.errors import UserError
+from gptdist.checkpoint.share import spread
+from gptdist.errors import DamagedError, UserError
 
 MANIFEST_NAME = "MANIFEST.json"
 TRAIN_STATE_NAME = "train_state.json"
@@ -54,8 +55,10 @@ def complete(path: str | os.PathLike) -> Manifest:
     for name, record in manifest.files.items():
         try:
             size = os.stat(path / name).st_size
-        except OSError as e:
+        except FileNotFoundError as e:
             raise _incomplete(path, f"{name}: {e.strerror}") from None
+        except OSError as e:
+            raise UserError(f"cannot read {path / name}: {e.strerror}") from None
         if size != record.size:
             raise _incomplete(path, f"{name} has {size} bytes, expected {record.size}")
     return manifest
@@ -72,7 +75,7 @@ def verify(path: str | os.PathLike, rank: int = 0, world: int = 1) -> None:
         with user_errors("read"):
             found = hash_file(path / name)
         if found != manifest.files[name]:
-            raise UserError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
+            raise DamagedError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
 
 
 def read_file(path: str | os.PathLike, name: str) -> bytes:
@@ -88,7 +91,7 @@ def read_checked(path: Path, name: str, record: FileRecord) -> bytes:
     with user_errors("read"):
         data = (path / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise UserError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
+        raise DamagedError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
     return data
 
 
@@ -163,13 +166,15 @@ def prune(root: str | os.PathLike, keep_last: int, keep_best: bool = True) -> li
     return removed
 
 
-def is_newer_format(path: str | os.PathLike) -> bool:
-    """Whether a later version of this project wrote this directory: unreadable here, but not damaged."""
+def is_damaged(path: str | os.PathLike) -> bool:
+    """Whether a directory is broken for good, rather than unreadable just now or of a newer format."""
     try:
-        found = json.loads((Path(path) / MANIFEST_NAME).read_bytes())["format"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        complete(path)
+    except DamagedError:
+        return True
+    except UserError:
         return False
-    return type(found) is int and found > FORMAT
+    return False
 
 
 def step_of(path: str | os.PathLike) -> int:
@@ -240,21 +245,18 @@ def _not_found(root: Path, which: str) -> str:
 
 
 def _share(files: dict[str, FileRecord], rank: int, world: int) -> list[str]:
-    """This rank's files: the largest first, each to the rank with the fewest bytes so far."""
-    loads, mine = [0] * world, []
-    for name, record in sorted(files.items(), key=lambda kv: (-kv[1].size, kv[0])):
-        target = loads.index(min(loads))
-        loads[target] += record.size
-        if target == rank:
-            mine.append(name)
-    return mine
+    """This rank's files."""
+    owners = spread({name: record.size for name, record in files.items()}, world)
+    return [name for name, owner in owners.items() if owner == rank]
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
         data = json.loads((path / MANIFEST_NAME).read_bytes())
-    except OSError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise _incomplete(path, f"{MANIFEST_NAME}: {e.strerror}") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path / MANIFEST_NAME}: {e.strerror}") from None
     except (ValueError, RecursionError):
         raise _incomplete(path, f"{MANIFEST_NAME} is not JSON") from None
     if not isinstance(data, dict):
@@ -273,5 +275,5 @@ def _record(path: Path, name: str, value: object) -> FileRecord:
     raise _incomplete(path, f"{MANIFEST_NAME}: bad entry {name!r}")
 
 
-def _incomplete(path: Path, why: str) -> UserError:
-    return UserError(f"not a complete checkpoint: {path}: {why}; use another checkpoint")
+def _incomplete(path: Path, why: str) -> DamagedError:
+    return DamagedError(f"not a complete checkpoint: {path}: {why}; use another checkpoint")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gptdist.errors import UserError
+from gptdist.errors import ActionableError, DamagedError, MissingError, UserError
 
 T = TypeVar("T")
 
@@ -52,19 +52,29 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, e
 
 
-def _describe(error: BaseException | None) -> tuple[bool, str] | None:
-    """(whether the user can act on it, text), which travels between ranks where an exception might not."""
+_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, MissingError)}
+
+
+def _describe(error: BaseException | None) -> tuple[str, str] | None:
+    """(kind, text), which travels between ranks where an exception might not; the kind is "" for a bug."""
     if error is None:
         return None
+    kind = type(error).__name__
+    if _ACTIONABLE.get(kind) is type(error):
+        return kind, str(error)
     if isinstance(error, UserError):
-        return True, str(error)
-    return False, "".join(traceback.format_exception(error))
+        return UserError.__name__, str(error)
+    return "", "".join(traceback.format_exception(error))
 
 
-def _raise_first(own: BaseException | None, faults: list[tuple[bool, str] | None]) -> None:
-    if own is not None and not isinstance(own, UserError):
+def _raise_first(own: BaseException | None, faults: list[tuple[str, str] | None]) -> None:
+    if own is not None and not isinstance(own, ActionableError):
         raise own
     for rank, fault in enumerate(faults):
         if fault is not None:
-            user, text = fault
-            raise (UserError(text) if user else RuntimeError(f"rank {rank} failed:\n{text}")) from own
+            kind, text = fault
+            if not kind:
+                raise RuntimeError(f"rank {rank} failed:\n{text}") from own
+            error = _ACTIONABLE[kind](text)
+            error.agreed = True
+            raise error from own

@@ -8,7 +8,7 @@ The format: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +44,13 @@ class Part:
     get: Callable[[], torch.Tensor]
 
 
-def write_shard(path: Path, parts: Sequence[Part]) -> FileRecord:
+def write_shard(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Stream `parts` into a new safetensors file; widest dtypes first, so that every tensor is aligned."""
-    return write_file(path, _stream(sorted(parts, key=lambda part: -part.dtype.itemsize)))
+    return write_file(path, _stream(sorted(parts, key=lambda part: -part.dtype.itemsize), metadata))
 
 
-def _stream(parts: Sequence[Part]) -> Iterator[memoryview | bytes]:
-    yield _header(parts)
+def _stream(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> Iterator[memoryview | bytes]:
+    yield _header(parts, metadata)
     buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)  # one for all: a new one each time fragments the heap
     for part in parts:
         tensor = part.get().detach()
@@ -58,13 +58,14 @@ def _stream(parts: Sequence[Part]) -> Iterator[memoryview | bytes]:
         yield from byte_blocks(tensor, buffer)
 
 
-def _header(parts: Sequence[Part]) -> bytes:
+def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
     entries, end = {}, 0
     for part in parts:
         start, end = end, end + math.prod(part.shape) * part.dtype.itemsize
         entries[part.key] = {"dtype": DTYPES[part.dtype], "shape": part.shape, "data_offsets": [start, end]}
     assert len(entries) == len(parts), "two parts share a key"
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    head = {"__metadata__": dict(metadata)} if metadata else {}
+    text = json.dumps(head | entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

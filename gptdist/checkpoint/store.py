@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gptdist.checkpoint.files import FileRecord, fsync_dir, naming, plain_name, user_errors, write_file
@@ -30,6 +30,7 @@ from gptdist.checkpoint.layout import (
     verify,
 )
 from gptdist.checkpoint.ranks import Ranks
+from gptdist.checkpoint.share import SharePlanner
 from gptdist.checkpoint.storage import SafetensorsReader, SafetensorsWriter, read_boxes
 from gptdist.errors import UserError
 
@@ -47,12 +48,23 @@ def save(
     files: name (it may have a folder) -> content; only rank 0's are written.
     Raises UserError on every rank if the directory exists or anything cannot be written on any rank.
     """
-    root, ranks = Path(root), Ranks(process_group)
+    ranks = Ranks(process_group)
+    return write(Path(root), step, SharePlanner(tensors, ranks.rank, ranks.world), files or {}, ranks)
+
+
+def write(root: Path, step: int, planner: SharePlanner, files: Mapping[str, bytes], ranks: Ranks) -> Path:
+    """`save` of what the planner holds. No rank returns or raises before all is published or cleaned away."""
     temporary = ranks.on_coordinator(lambda: _begin(root, step))
+    writer, error = SafetensorsWriter(temporary), None
     try:
-        writer = SafetensorsWriter(temporary)
-        _dcp_save(tensors, writer, ranks)
-        return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files or {}))
+        try:
+            _plan_and_write(writer, planner, ranks)
+        except CheckpointException as e:  # raised on every rank
+            error = _cause(e)
+        if error is None:
+            return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files))
+        ranks.on_coordinator(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise error
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +84,7 @@ def load(
     unless `allow_missing(key)` or strict=False. Shapes must be equal; floating dtypes are converted.
     """
     path, ranks = Path(path), Ranks(process_group)
-    index = ranks.on_coordinator(lambda: _read_index(path))
+    index = ranks.on_coordinator(lambda: checked_index(path))
     allowed = allow_missing or (lambda key: not strict)
     missing = ranks.on_all(lambda: _check_request(path, index, tensors, allowed))
     wanted = {key: tensor for key, tensor in tensors.items() if key in index}
@@ -93,7 +105,7 @@ def verify_together(path: str | os.PathLike, process_group: dist.ProcessGroup | 
 
 def read_index(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """key -> (shape, dtype) of every tensor in a complete checkpoint."""
-    return {key: (entry.shape, entry.dtype) for key, entry in _read_index(Path(path)).items()}
+    return {key: (entry.shape, entry.dtype) for key, entry in checked_index(Path(path)).items()}
 
 
 def load_tensors(
@@ -104,7 +116,7 @@ def load_tensors(
 ) -> dict[str, torch.Tensor]:
     """Whole tensors in this process alone (all of them without `keys`); `dtype` converts the floating ones."""
     path = Path(path)
-    index = _read_index(path)
+    index = checked_index(path)
     keys = list(index) if keys is None else list(keys)
     if missing := [key for key in keys if key not in index]:
         raise _missing_error(path, missing, index)
@@ -118,7 +130,7 @@ def load_tensors(
 
 
 def _begin(root: Path, step: int) -> Path:
-    _refuse_existing(root / step_name(step))
+    refuse_existing(root / step_name(step))
     with user_errors("create"):
         root.mkdir(parents=True, exist_ok=True)
         return new_temporary(root, step)
@@ -128,38 +140,50 @@ def _publish(
     root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes]
 ) -> Path:
     """Everything after the tensors: the other files, the manifest, the rename."""
-    final, records = root / step_name(step), dict(shards)
-    with user_errors("save to"):
-        for name, content in files.items():
-            assert plain_name(name, folders=True), name
-            assert name not in {*records, MANIFEST_NAME}, name
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            records[name] = write_file(temporary / name, [content])
-        write_file(temporary / MANIFEST_NAME, [encode_manifest(Manifest(step, records))])
-        for folder in {(temporary / name).parent for name in records} | {temporary}:
-            fsync_dir(folder)
-        _refuse_existing(final)
-        with naming(final):
-            os.rename(temporary, final)
-        fsync_dir(root)
+    final = root / step_name(step)
+    try:
+        with user_errors("save to"):
+            seal(temporary, step, shards, files)
+            refuse_existing(final)
+            with naming(final):
+                os.rename(temporary, final)
+            fsync_dir(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-def _refuse_existing(final: Path) -> None:
+def seal(temporary: Path, step: int, shards: Mapping[str, FileRecord], files: Mapping[str, bytes]) -> None:
+    """Write the other files and the manifest beside the shards, and make all of it durable."""
+    records = dict(shards)
+    for name, content in files.items():
+        assert plain_name(name, folders=True), name
+        assert name not in {*records, MANIFEST_NAME}, name
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        records[name] = write_file(temporary / name, [content])
+    write_file(temporary / MANIFEST_NAME, [encode_manifest(Manifest(step, records))])
+    for folder in {(temporary / name).parent for name in records} | {temporary}:
+        fsync_dir(folder)
+
+
+def refuse_existing(final: Path) -> None:
+    """Nothing that exists is ever overwritten."""
     if os.path.lexists(final):
         raise UserError(f"{final} already exists and is never overwritten; remove it, or choose another directory")
 
 
-def _dcp_save(tensors: Mapping[str, torch.Tensor], writer: SafetensorsWriter, ranks: Ranks) -> None:
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _dcp_call():
-        dcp.save(
-            dict(tensors),
-            storage_writer=writer,
-            planner=planner,
-            process_group=ranks.group,
-            no_dist=not ranks.distributed,
-        )
+def _plan_and_write(writer: SafetensorsWriter, planner: SharePlanner, ranks: Ranks) -> None:
+    if ranks.distributed:
+        with torch.no_grad():
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group)
+        return
+    # One process: dcp.save would warn of that, and hiding a warning is not safe in a thread.
+    planner.set_up_planner({}, is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([plan])
+    [plan] = writer.prepare_global_plan(plans)
+    writer.finish(metadata, [writer.write_data(planner.finish_plan(plan), planner).value()])
 
 
 @contextmanager
@@ -182,7 +206,8 @@ def _cause(error: CheckpointException) -> BaseException:
     return causes[0]
 
 
-def _read_index(path: Path) -> Index:
+def checked_index(path: Path) -> Index:
+    """index.json of a complete checkpoint, every file it names being in the manifest."""
     manifest = complete(path)
     index = decode(read_checked(path, INDEX_NAME, manifest.files[INDEX_NAME]), path / INDEX_NAME)
     for key, entry in index.items():
@@ -214,6 +239,9 @@ def _check_request(path: Path, index: Index, tensors: Mapping[str, torch.Tensor]
 
 
 def _missing_error(path: Path, missing: list[str], index: Index) -> UserError:
+    if all(key.startswith("optim.") for key in missing) and not any(key.startswith("optim.") for key in index):
+        return UserError(f"{path} holds weights only, no optimizer state: it cannot be resumed; start from it with "
+                         f"checkpoint.init_from={path}")
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     return UserError(f"{path} has no {names} (it has {len(index)} tensors); use a checkpoint of the same kind of model")
 

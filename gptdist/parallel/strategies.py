@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks: single, ddp, fsdp behind one protocol.
+"""How a model is spread over the ranks: single, ddp, fsdp, hsdp (and zero.py's ZeRO) behind one protocol.
 
 A step: for each micro-batch `with strategy.micro_batch(is_last): strategy.backward(strategy(...))`, then `grad_norm()`,
 then `apply(lr, clip)` or `discard()`. Losses are sums over tokens; `backward` divides once by the global count.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -31,15 +32,13 @@ class Strategy:
     def __init__(self, world: World, config: Config):
         self.world, self.config = world, config
         self.model: nn.Module
+        self.n_parameters: int  # of the whole model
         self.optimizer: torch.optim.Optimizer | None = None
         self._norm: Tensor | None = None
 
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
         """Take a model on the meta device: shard it, give it memory and initial values, make its optimizer."""
-        model.checkpoint_blocks(self.config.train.checkpoint_every_block)
-        if self.config.train.compile:
-            for block in model.blocks:
-                block.compile()
+        self._configure(model)
         self._shard(model)
         model.to_empty(device=self.world.device)
         self.model = model
@@ -47,6 +46,14 @@ class Strategy:
         self._wrap()
         if optimizer_factory is not None:
             self.optimizer = optimizer_factory(self.trainable())
+
+    def _configure(self, model: nn.Module) -> None:
+        """What does not depend on how the model is spread."""
+        self.n_parameters = sum(p.numel() for p in model.parameters())
+        model.checkpoint_blocks(self.config.train.checkpoint_every_block)
+        if self.config.train.compile:
+            for block in model.blocks:
+                block.compile()
 
     def _shard(self, model: nn.Module) -> None:
         """Replace the parameters of the meta model by their shards."""
@@ -116,6 +123,9 @@ class Strategy:
         """`model.<name>` -> fp32 master weight (plain or DTensor), to be saved or filled in place; tied ones once."""
         return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
 
+    def loaded(self) -> None:
+        """Called after a checkpoint was loaded into the tensors of model_state() or state()."""
+
     def state(self) -> dict[str, Tensor]:
         """model_state and `optim.<name>.<slot>`."""
         optim = {f"optim.{name}.{slot}": value for name, p in self.trainable()
@@ -163,10 +173,13 @@ class FSDP(Strategy):
         policy = MixedPrecisionPolicy()
         if self.config.train.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options = dict(mesh=self.world.mesh["dp_shard"], mp_policy=policy)
+        options = dict(mesh=self._mesh(), mp_policy=policy)
         for block in model.blocks:
             fully_shard(block, reshard_after_forward=self.config.parallel.reshard_after_forward, **options)
         fully_shard(model, **options)
+
+    def _mesh(self) -> DeviceMesh:
+        return self.world.mesh["dp_shard"]
 
     def _compute(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the mixed precision policy casts
@@ -189,12 +202,23 @@ class FSDP(Strategy):
                 module.reshard()
 
 
+class HSDP(FSDP):
+    """FSDP2 inside each group of ranks; the groups hold copies of each other's shards and average their gradients."""
+
+    def _mesh(self) -> DeviceMesh:
+        return self.world.mesh["dp_replicate", "dp_shard"]
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP}
+STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP}
 
 
 def make_strategy(world: World, config: Config) -> Strategy:
+    if world.strategy.startswith("zero"):
+        from gptdist.parallel.zero import ZeRO  # DeepSpeed is optional, and slow to import
+
+        return ZeRO(world, config)
     return STRATEGIES[world.strategy](world, config)

@@ -25,6 +25,11 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def env_local_world_size() -> int:
+    """Processes on this node: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 @dataclass(frozen=True)
 class World:
     """One process's view of the run. `mesh` is None for a single process without a process group."""
@@ -58,7 +63,7 @@ def init_world(config: ParallelConfig) -> World:
     Raises UserError for a strategy that does not fit the number of processes, MissingError for an absent GPU.
     """
     rank, size = env_rank(), env_world_size()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), env_local_world_size()
     strategy = config.strategy if config.strategy != "auto" else ("single" if size == 1 else "fsdp")
     if strategy == "single" and size > 1:
         raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp")
@@ -67,9 +72,21 @@ def init_world(config: ParallelConfig) -> World:
     if strategy == "single":
         return World(rank, size, device, strategy, None)
     _join(device, rank, size, config.timeout_s)
-    shard = size if strategy == "fsdp" else 1
+    shard = size // _replicas(config, strategy, size, local_size)
     mesh = init_device_mesh(device.type, (1, size // shard, shard, 1, 1), mesh_dim_names=MESH_DIMS)
     return World(rank, size, device, strategy, mesh)
+
+
+def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int) -> int:
+    """Copies of the model's shards over the ranks: ddp one per rank, hsdp as configured, the others one."""
+    if strategy == "ddp":
+        return size
+    if strategy != "hsdp":
+        return 1
+    replicas = config.replicas or size // local_size
+    if size % replicas:
+        raise UserError(f"parallel.replicas={replicas} does not divide the {size} processes that were started")
+    return replicas
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

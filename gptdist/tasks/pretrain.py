@@ -1,6 +1,7 @@
 """Next-word pretraining: windows of tokens in, per-token losses out."""
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Pretrain:
         train, val, self.tokenizer = open_data(config.data.path)
         self.config = resolve_vocab(config, self.tokenizer, train)
         self.val = val
+        self.dataset_id = hashlib.sha256((Path(config.data.path) / "train" / "meta.json").read_bytes()).hexdigest()
         self.source = PretrainSource(
             train, context=config.model.context, sequences_per_step=config.sequences_per_step,
             micro_batch=config.train.micro_batch, rank=world.rank, world=world.size, seed=config.run.seed,

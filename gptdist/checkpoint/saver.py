@@ -1,0 +1,84 @@
+"""The checkpoints of a run, saved while it goes on: `Saver`.
+
+In the background: the caller waits while the rank's share is copied to the host, then a thread plans, writes,
+publishes and removes old checkpoints. One save at most is in flight. The ranks' threads talk over a process group of
+their own, since collectives of two threads in one group would mix.
+"""
+
+import sys
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.ranks import Ranks
+from gptdist.checkpoint.share import HostBuffers, SharePlanner
+
+
+class Saver:
+    """Saves step after step into one directory; every rank makes one and calls it alike.
+
+    Leaving its `with` block waits for the save under way. Errors of a save in the background are raised, the same on
+    every rank, by the next `save`, by `wait`, or at the end of the block.
+    """
+
+    def __init__(self, root: Path, *, keep_last: int, keep_best: bool, timeout_s: float | None = None):
+        self.root, self.keep_last, self.keep_best = root, keep_last, keep_best
+        group = None
+        if dist.is_available() and dist.is_initialized():
+            timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        self._ranks = Ranks(group)
+        self._buffers = HostBuffers()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait()
+        except Exception as own:
+            if error is None:
+                raise
+            print(f"the checkpoint that was being saved failed too: {own}", file=sys.stderr, flush=True)
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], files: Mapping[str, bytes], *,
+             background: bool) -> None:
+        """Save `tensors` and `files` as `store.save` does, then remove the checkpoints that are not kept.
+
+        Waits for the save before. In the background, `tensors` may change as soon as this returns.
+        """
+        self.wait()
+        planner = SharePlanner(tensors, self._ranks.rank, self._ranks.world)
+        if not background:
+            self._write(step, planner, files)
+            return
+        planner.stage(self._buffers)
+        # A daemon: the process may end without it once `wait` is over or was interrupted.
+        self._thread = threading.Thread(target=self._run, args=(step, planner, files), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until no save is in flight; raises the error of the one that was."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, step: int, planner: SharePlanner, files: Mapping[str, bytes]) -> None:
+        try:
+            self._write(step, planner, files)
+        except BaseException as e:  # raised by `wait`
+            self._error = e
+
+    def _write(self, step: int, planner: SharePlanner, files: Mapping[str, bytes]) -> None:
+        store.write(self.root, step, planner, files, self._ranks)
+        self._ranks.on_coordinator(lambda: layout.prune(self.root, self.keep_last, self.keep_best))

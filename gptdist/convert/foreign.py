@@ -1,0 +1,31 @@
+"""What every reader of another format hands over."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptdist.checkpoint.shards import Part
+from gptdist.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A model of another program: its shape and its tensors, unread and checked against each other.
+
+    parts: by this project's parameter names. layout "plain": see convert/gpt2.py; "ours": as in this project's model.
+    """
+
+    config: ModelConfig
+    parts: Mapping[str, Part]
+    rows: int  # of the vocabulary, with whatever padding it has
+    folders: tuple[Path, ...]  # where its tokenizer may lie, likeliest first
+    layout: str = "plain"
+    shape_source: str = "config.json"  # the file that says what the tensors should be
+    note: str = ""  # what a user must know about the result
+
+
+def exact_ratio(hidden: int, width: int) -> float:
+    """The mlp_ratio that gives exactly `hidden` units: int(ratio * width) must not round down."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)

@@ -1,0 +1,146 @@
+"""Started by torchrun once per world size: runs every case of DeepSpeed and HSDP in one process group.
+
+Usage: torchrun --nproc-per-node W tests/zero_worker.py DATA OUT [long]
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gptdist.parallel.init as parallel_init  # noqa: E402
+from gptdist import config as config_module  # noqa: E402
+from gptdist.checkpoint import layout, store  # noqa: E402
+from gptdist.model import build_meta  # noqa: E402
+from gptdist.optim.adamw import build_adamw  # noqa: E402
+from gptdist.parallel.strategies import Single, Strategy, make_strategy  # noqa: E402
+from gptdist.parallel.world import World, end_process, env_world_size, init_world  # noqa: E402
+from tests.training import run_tiny  # noqa: E402
+
+# Of the 11 sequences of a step a rank takes up to 11, 6, 4, 3: in 4, 2, 2, 1 micro-batches.
+DROPOUT = ["--model.dropout=0.1", "--eval.every=0", "--train.micro_batch=3"]
+BACKGROUND = ["--checkpoint.every=8", "--checkpoint.keep_last=3", "--checkpoint.asynchronous=true"]
+OFFLOAD = ["--parallel.offload_optimizer=true"]
+# World size -> name -> overrides. Cases that begin with bf16 are compared with fp32, the others with `single`.
+CASES = {
+    1: {"zero2": DROPOUT, "zero3": DROPOUT},
+    2: {"zero1": [*DROPOUT, *BACKGROUND], "zero2": DROPOUT, "zero3": [*DROPOUT, *BACKGROUND],
+        "hsdp": [*DROPOUT, "--parallel.replicas=2"],
+        "zero1-bf16": [*DROPOUT, "--train.precision=bf16"],
+        "zero3-bf16": [*DROPOUT, "--train.precision=bf16"],
+        "zero2-offload": [*DROPOUT, *OFFLOAD],
+        "zero3-offload": [*DROPOUT, *OFFLOAD, "--parallel.offload_parameters=true"],
+        "zero3-recompute": [*DROPOUT, "--train.activation_checkpointing=full"]},
+    3: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT},
+    4: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT, "hsdp": [*DROPOUT, "--parallel.replicas=2"]},
+}
+# One run that goes on under every strategy: (step it stops at, strategy), world size by world size.
+CHAIN = {
+    1: [(3, "fsdp"), (5, "zero3")],
+    2: [(7, "zero1"), (8, "hsdp"), (10, "zero2")],
+    3: [(11, "zero3"), (12, "fsdp"), (14, "zero1")],
+    4: [(16, "zero3"), (18, "zero2")],
+}
+
+
+def main(data: Path, out: Path) -> None:
+    world = env_world_size()
+    for name, overrides in CASES[world].items():
+        run_tiny(data, out / f"{name}-{world}", f"--parallel.strategy={name.split('-')[0]}", *overrides)
+    for stop, strategy in CHAIN[world]:
+        run_tiny(data, out / "chain", f"--parallel.strategy={strategy}", f"--train.stop_at={stop}", *DROPOUT)
+    if world == 2:
+        run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", "--train.stop_at=9", *DROPOUT)
+        run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", *DROPOUT)
+        for saved, strategy in (("zero1", "zero3"), ("zero3", "zero2")):
+            run_tiny(data, out / f"background-{saved}", f"--parallel.strategy={strategy}", *DROPOUT,
+                     f"--checkpoint.resume={out / f'{saved}-2' / 'checkpoints' / layout.step_name(8)}")
+        run_tiny(data, out / "init-2", "--parallel.strategy=zero2", "--train.steps=2", "--schedule.warmup_steps=0",
+                 f"--checkpoint.init_from={out / 'zero3-2'}", *DROPOUT)
+        for strategy in ("zero1", "zero2", "zero3"):
+            check_frozen_and_discarded(out, strategy)
+        check_no_rank_holds_the_model(out)
+
+
+def long_cases(data: Path, out: Path) -> None:
+    """DeepSpeed's CPUAdam: saved in the middle, so that its counters are restored too."""
+    for stop in (9, 20):
+        run_tiny(data, out / "cpuadam-2", "--parallel.strategy=zero3", "--parallel.offload_adam=deepspeed",
+                 f"--train.stop_at={stop}", *OFFLOAD, *DROPOUT)
+
+
+def check_frozen_and_discarded(out: Path, name: str) -> None:
+    """Frozen parameters, two micro-batches a step, a step thrown away: as on one process, down to the checkpoint."""
+    config = config_module.load(None, [
+        "--model.vocab_size=300", "--model.width=32", "--model.context=16", "--train.tokens_per_step=128",
+        # Without the bias of qkv: that of the keys has no gradient but rounding, which Adam makes large.
+        "--train.micro_batch=2", "--model.qkv_bias=false", f"--parallel.strategy={name}", f"--run.dir={out}/frozen"])
+    world = init_world(config.parallel)
+    single = Single(World(0, 1, world.device, "single", None), config)
+    sharded = make_strategy(world, config)
+    for strategy in (single, sharded):
+        model = build_meta(config.model)
+        for part in (model.wte, model.wpe, model.blocks[0].mlp, model.blocks[1].ln_1):
+            part.requires_grad_(False)
+        strategy.prepare(model, lambda parameters: build_adamw(parameters, config.optim))
+    for step in range(4):
+        losses = [take_step(strategy, step, discard=step == 1) for strategy in (single, sharded)]
+        for a, b in zip(*losses, strict=True):
+            assert abs(a - b) < 1e-5, f"{name}, step {step}: {losses}"
+    path = store.save(out / f"frozen-{name}", 3, sharded.state(), {})
+    saved = store.load_tensors(path)
+    wanted = single.state()
+    assert saved.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        difference = (saved[key] - tensor).abs().max()
+        assert difference < 1e-5, f"{name}: {key} differs by {difference}"
+
+
+def take_step(strategy: Strategy, step: int, discard: bool) -> list[float]:
+    """[this process's loss sum or the global one's share, gradient norm] of one step on 8 sequences over all ranks."""
+    world = strategy.world
+    sequences = torch.randint(0, 300, (8, 17), generator=torch.Generator().manual_seed(step))
+    rows = sequences.chunk(world.size)[world.rank]
+    total = torch.zeros((), dtype=torch.float64)
+    micro_batches = rows.chunk(2)
+    for i, rows in enumerate(micro_batches):
+        with strategy.micro_batch(is_last=i == 1):
+            loss = strategy(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).sum()
+            strategy.backward(loss, 8 * 16)
+        total += loss.detach().double()
+    norm = strategy.grad_norm().item()
+    if discard:
+        strategy.discard()
+    else:
+        strategy.apply(1e-2, 0.5)
+    return [world.sum(total).item() / (8 * 16), norm]
+
+
+def check_no_rank_holds_the_model(out: Path) -> None:
+    """ZeRO-3: between steps a rank has its share; while preparing, at most one part of the model (here the largest)."""
+    config = config_module.load(None, ["--model.vocab_size=65536", "--model.width=64", "--parallel.strategy=zero3",
+                                       f"--run.dir={out}/memory", "--model.n_layers=1"])
+    parallel_init.BUFFER_VALUES = 1 << 16
+    strategy = make_strategy(init_world(config.parallel), config)
+    strategy.prepare(build_meta(config.model), lambda parameters: build_adamw(parameters, config.optim))
+    held = sum(p.numel() for p in strategy.model.parameters())
+    assert held < 0.02 * strategy.n_parameters, f"{held} of {strategy.n_parameters} values are on this rank"
+    assert strategy.model.head_weight is strategy.model.wte.weight
+    shard = strategy.model_state()["model.wte.weight"]
+    assert shard.flat.numel() == 65536 * 64 // 2
+
+
+if __name__ == "__main__":
+    try:
+        (long_cases if sys.argv[3:] == ["long"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        end_process(1)
+    assert dist.is_initialized()
+    end_process(0)
