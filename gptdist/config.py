@@ -283,6 +283,9 @@ class Config:
                  f"use {max(1, round(tokens / context)) * context}")
         _require(self.schedule.warmup_steps <= self.train.steps,
                  f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
+        _require(not (self.train.compile and self.parallel.strategy == "zero3"),
+                 "train.compile=true with parallel.strategy=zero3: DeepSpeed's hooks around every module leave nothing "
+                 "to compile; use fsdp, or train.compile=false")
 
     @property
     def sequences_per_step(self) -> int:

@@ -109,6 +109,11 @@ def test_options_of_another_strategy_are_refused(values, message):
         ParallelConfig(**values)
 
 
+def test_compiling_under_zero3_is_refused():
+    with pytest.raises(UserError, match=r"train.compile=true with parallel.strategy=zero3"):
+        zero_config("--train.compile=true", strategy="zero3")
+
+
 def test_replicas_that_do_not_divide_the_processes(monkeypatch):
     monkeypatch.setattr("gptdist.parallel.world._join", lambda *args: None)
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -24,6 +24,7 @@ from tests.training import run_tiny  # noqa: E402
 
 # Of the 11 sequences of a step a rank takes up to 11, 6, 4, 3: in 4, 2, 2, 1 micro-batches.
 DROPOUT = ["--model.dropout=0.1", "--eval.every=0", "--train.micro_batch=3"]
+SHORT = [*DROPOUT, "--train.stop_at=10"]
 BACKGROUND = ["--checkpoint.every=8", "--checkpoint.keep_last=3", "--checkpoint.asynchronous=true"]
 OFFLOAD = ["--parallel.offload_optimizer=true"]
 # World size -> name -> overrides. Cases that begin with bf16 are compared with fp32, the others with `single`.
@@ -31,11 +32,11 @@ CASES = {
     1: {"zero2": DROPOUT, "zero3": DROPOUT},
     2: {"zero1": [*DROPOUT, *BACKGROUND], "zero2": DROPOUT, "zero3": [*DROPOUT, *BACKGROUND],
         "hsdp": [*DROPOUT, "--parallel.replicas=2"],
-        "zero1-bf16": [*DROPOUT, "--train.precision=bf16"],
-        "zero3-bf16": [*DROPOUT, "--train.precision=bf16"],
-        "zero2-offload": [*DROPOUT, *OFFLOAD],
-        "zero3-offload": [*DROPOUT, *OFFLOAD, "--parallel.offload_parameters=true"],
-        "zero3-recompute": [*DROPOUT, "--train.activation_checkpointing=full"]},
+        "zero1-bf16": [*SHORT, "--train.precision=bf16"],
+        "zero3-bf16": [*SHORT, "--train.precision=bf16"],
+        "zero2-offload": [*SHORT, *OFFLOAD],
+        "zero3-offload": [*SHORT, *OFFLOAD, "--parallel.offload_parameters=true"],
+        "zero3-recompute": [*SHORT, "--train.activation_checkpointing=full"]},
     3: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT},
     4: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT, "hsdp": [*DROPOUT, "--parallel.replicas=2"]},
 }
@@ -58,12 +59,15 @@ def main(data: Path, out: Path) -> None:
         run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", "--train.stop_at=9", *DROPOUT)
         run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", *DROPOUT)
         for saved, strategy in (("zero1", "zero3"), ("zero3", "zero2")):
-            run_tiny(data, out / f"background-{saved}", f"--parallel.strategy={strategy}", *DROPOUT,
+            run_tiny(data, out / f"background-{saved}", f"--parallel.strategy={strategy}", *SHORT,
                      f"--checkpoint.resume={out / f'{saved}-2' / 'checkpoints' / layout.step_name(8)}")
         run_tiny(data, out / "init-2", "--parallel.strategy=zero2", "--train.steps=2", "--schedule.warmup_steps=0",
                  f"--checkpoint.init_from={out / 'zero3-2'}", *DROPOUT)
         for strategy in ("zero1", "zero2", "zero3"):
             check_frozen_and_discarded(out, strategy)
+        check_discarded(out, "--parallel.strategy=zero1", "--train.precision=bf16")
+        check_discarded(out, "--parallel.strategy=zero2", *OFFLOAD)
+        check_discarded(out, "--parallel.strategy=zero3", *OFFLOAD)
         check_no_rank_holds_the_model(out)
 
 
@@ -74,12 +78,28 @@ def long_cases(data: Path, out: Path) -> None:
                  f"--train.stop_at={stop}", *OFFLOAD, *DROPOUT)
 
 
+def small_config(out: Path, *overrides: str) -> config_module.Config:
+    # Without the bias of qkv: that of the keys has no gradient but rounding, which Adam makes large.
+    return config_module.load(None, [
+        "--model.vocab_size=300", "--model.width=32", "--model.context=16", "--train.tokens_per_step=128",
+        "--train.micro_batch=2", "--model.qkv_bias=false", f"--run.dir={out}/small", *overrides])
+
+
+def check_discarded(out: Path, *overrides: str) -> None:
+    """A step that is thrown away leaves nothing behind."""
+    config, losses = small_config(out, *overrides), []
+    for discarded in (True, False):
+        strategy = make_strategy(init_world(config.parallel), config)
+        strategy.prepare(build_meta(config.model), lambda parameters: build_adamw(parameters, config.optim))
+        if discarded:
+            take_step(strategy, 7, discard=True)
+        losses.append([take_step(strategy, step, discard=False) for step in range(2)])
+    assert losses[0] == losses[1], f"{overrides}: {losses}"
+
+
 def check_frozen_and_discarded(out: Path, name: str) -> None:
     """Frozen parameters, two micro-batches a step, a step thrown away: as on one process, down to the checkpoint."""
-    config = config_module.load(None, [
-        "--model.vocab_size=300", "--model.width=32", "--model.context=16", "--train.tokens_per_step=128",
-        # Without the bias of qkv: that of the keys has no gradient but rounding, which Adam makes large.
-        "--train.micro_batch=2", "--model.qkv_bias=false", f"--parallel.strategy={name}", f"--run.dir={out}/frozen"])
+    config = small_config(out, f"--parallel.strategy={name}")
     world = init_world(config.parallel)
     single = Single(World(0, 1, world.device, "single", None), config)
     sharded = make_strategy(world, config)

@@ -22,8 +22,8 @@ from torch.futures import Future
 
 from gptdist.checkpoint.files import FileRecord, user_errors, write_file
 from gptdist.checkpoint.index import INDEX_NAME, Chunk, Entry, Index, encode
-from gptdist.checkpoint.share import unwritten
 from gptdist.checkpoint.shards import DTYPES, Part, ShardFile, write_shard
+from gptdist.checkpoint.share import unwritten
 
 
 class SafetensorsWriter(StorageWriter):
@@ -50,8 +50,8 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         if lost := unwritten(plans):
-            raise RuntimeError(f"checkpoint: no rank would write {lost[0]} ({len(lost)} such): every rank must pass the "
-                               f"same plain tensors")
+            raise RuntimeError(f"checkpoint: no rank would write {lost[0]} ({len(lost)} such): every rank must pass "
+                               f"the same plain tensors")
         return [replace(plan, storage_data=f"shard-{i:05d}.safetensors") for i, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

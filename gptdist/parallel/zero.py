@@ -163,6 +163,8 @@ class ZeRO(Strategy):
         self.engine.backward(loss_sum * (self.world.size / max(n_targets, 1)), scale_wrt_gas=False)
 
     def grad_norm(self) -> Tensor:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # DeepSpeed reduces and offloads on streams of its own
         squared = ops.grad_norm(self._gradients()).to(self.world.device).double() ** 2
         dist.all_reduce(squared)
         self._norm = squared.sqrt().float()
