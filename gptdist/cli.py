@@ -191,6 +191,8 @@ def _add_generate(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--json", action="store_true", help="a JSON object a prompt instead of streamed text")
 
 
@@ -236,15 +238,22 @@ def run_generate(args: argparse.Namespace) -> int:
         examples = read_examples(args.examples)
         prompts = [few_shot_prompt(examples, prompt, args.template) for prompt in prompts]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model, tokenizer, _ = load_model(resolve(args.checkpoint, args.which), device=_device(args.device), dtype=dtype)
+    model, tokenizer, _ = load_model(resolve(args.checkpoint, args.which), device=_device(args.device), dtype=dtype,
+                                     verify=args.verify)
     generator = Generator(model, tokenizer)
+    for prompt in prompts:
+        n_tokens = len(tokenizer.encode(prompt))
+        if n_tokens > generator.context:
+            print(f"gptdist generate: a prompt has {n_tokens} tokens, the context {generator.context}: its last "
+                  f"{generator.context // 2} are used", file=sys.stderr)
     if len(prompts) == 1 and not args.json:
         print(prompts[0], end="", flush=True)
         for text in generator.stream(prompts[0], sampling):
             print(text, end="", flush=True)
         print()
         return EXIT_DONE
-    for prompt, completion in zip(prompts, generator.generate(prompts, sampling), strict=True):
+    completions = generator.generate(prompts, sampling, batch_size=args.batch_size)
+    for prompt, completion in zip(prompts, completions, strict=True):
         if args.json:
             print(json.dumps({"prompt": prompt, "completion": completion.text, "finish": completion.finish}))
         else:
@@ -259,6 +268,8 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported: use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MissingError(f"--device {name}, but torch sees no GPU: see `gptdist doctor`, or use --device cpu")
     return name
@@ -305,9 +316,17 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from gptdist.checkpoint.layout import resolve
     from gptdist.checkpoint.verify_values import verify_values
+    from gptdist.data.format import find_splits, verify
 
+    for split in find_splits(Path(args.checkpoint)):
+        verify(split)
+        print(f"{split}: all right: every sha256, and all token ids are in the vocabulary")
+    if find_splits(Path(args.checkpoint)):
+        return EXIT_DONE
     print(verify_values(resolve(args.checkpoint, args.which)))
     return EXIT_DONE
 

@@ -61,6 +61,8 @@ class ModelConfig:
                  f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}")
         _require(self.vocab_size is None or self.vocab_size > 0, f"model.vocab_size is {self.vocab_size}, expected > 0")
         _require(0.0 <= self.dropout < 1.0, f"model.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        _require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}, expected > 0")
+        _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}, expected > 0")
         _require(self.hidden > 0, f"model.mlp_ratio={self.mlp_ratio} leaves no hidden units")
         _require(self.positions == "learned" or self.head_dim % 2 == 0,
                  f"model.positions=rope needs an even head dimension, got width/n_heads = {self.head_dim}")
@@ -153,7 +155,7 @@ class OptimConfig:
     weight_decay: float = _option(0.1, "decoupled weight decay on tensors with two or more dimensions")
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr is {self.lr}, expected > 0")
+        _require(0 < self.lr < float("inf"), f"optim.lr is {self.lr}, expected > 0 and finite")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}, expected 0 <= beta < 1")
         _require(self.eps > 0, f"optim.eps is {self.eps}, expected > 0")
@@ -258,6 +260,7 @@ class RunConfig:
     wandb: str | None = _option(None, "Weights & Biases project to log to (needs the wandb package)")
 
     def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir is empty, expected the run's directory")
         _require(self.log_every > 0, f"run.log_every is {self.log_every}, expected at least 1")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}, expected 0 <= seed < 2^63")
 

@@ -35,7 +35,8 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             (self.max_new_tokens >= 1, f"max new tokens is {self.max_new_tokens}, expected at least 1"),
-            (self.temperature >= 0, f"temperature is {self.temperature}, expected 0 (greedy) or more"),
+            (self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
+             f"temperature is {self.temperature}, expected 0 (greedy) or at least 0.001"),
             (self.top_k >= 0, f"top-k is {self.top_k}, expected 0 (off) or more"),
             (0 < self.top_p <= 1, f"top-p is {self.top_p}, expected 0 < p <= 1"),
             (self.repetition_penalty > 0, f"repetition penalty is {self.repetition_penalty}, expected > 0"),
@@ -106,6 +107,7 @@ class Row:
     n_prompt: int
     decoder: StreamDecoder
     generator: torch.Generator
+    start: int = 0  # first token that still fits in the context
     text: str = ""  # decoded continuation, cut at a stop string
     emitted: int = 0  # characters already streamed
     finish: str | None = None  # "stop", "end" (end-of-text token) or "length"
@@ -127,11 +129,14 @@ class Generator:
         weight = model.wte.weight
         self.device, self.dtype = weight.device, weight.dtype
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """Continue every prompt; completions in the prompts' order."""
+    def generate(self, prompts: Sequence[str], sampling: Sampling, *, batch_size: int = 16) -> list[Completion]:
+        """Continue every prompt, `batch_size` at a time; completions in the prompts' order."""
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}, expected at least 1")
         rows = self._rows(prompts, sampling)
-        for _ in self._run(rows, sampling):
-            pass
+        for first in range(0, len(rows), batch_size):
+            for _ in self._run(rows[first:first + batch_size], sampling):
+                pass
         return [Completion(row.text, row.tokens[row.n_prompt:], row.finish or "length") for row in rows]
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
@@ -151,7 +156,7 @@ class Generator:
         """Decode until every row has finished; yields (row index, new text)."""
         active, cache, logits = rows, None, None
         while active:
-            if cache is None or int(cache.lengths.max()) >= self.context:
+            if logits is None:
                 cache, logits = self._prefill(active)
             chosen = [self._choose(row, logits[i], sampling) for i, row in enumerate(active)]
             for row, token in zip(active, chosen, strict=True):
@@ -162,14 +167,17 @@ class Generator:
             if len(going_on) < len(active):
                 active = [active[i] for i in going_on]
                 cache.keep(going_on)
+            logits = None
             if active and int(cache.lengths.max()) < self.context:
                 logits = self._forward(cache, torch.tensor([[row.tokens[-1]] for row in active]),
                                        torch.ones(len(active), dtype=torch.int64))
 
     def _prefill(self, rows: list[Row]) -> tuple[PagedCache, Tensor]:
-        """A new cache with every row's tokens; a text as long as the context goes on from its last half."""
-        room = self.context // 2
-        texts = [row.tokens if len(row.tokens) < self.context else row.tokens[-max(1, room):] for row in rows]
+        """A new cache with every row's tokens; a row as long as the context goes on from its last half."""
+        for row in rows:
+            if len(row.tokens) - row.start > self.context:
+                row.start = len(row.tokens) - max(1, self.context // 2)
+        texts = [row.tokens[row.start:] for row in rows]
         counts = torch.tensor([len(text) for text in texts])
         tokens = torch.zeros((len(rows), int(counts.max())), dtype=torch.int64)
         for i, text in enumerate(texts):
@@ -249,7 +257,7 @@ def few_shot_prompt(examples: Sequence[dict[str, str]], query: str, template: st
 def read_examples(path: str) -> list[dict[str, str]]:
     """Few-shot examples: JSONL with `input` and `output` in every line."""
     examples = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -266,9 +274,11 @@ def read_examples(path: str) -> list[dict[str, str]]:
 
 def read_prompts(path: str) -> list[str]:
     """Prompts from a text file, one a line; a .jsonl file has a JSON string or {"prompt": ...} a line."""
-    lines = [line for line in _read_text(path).splitlines() if line.strip()]
+    lines = [(number, line) for number, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()]
     if path.endswith(".jsonl"):
-        lines = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1)]
+        lines = [_json_prompt(path, number, line) for number, line in lines]
+    else:
+        lines = [line.rstrip("\r") for _, line in lines]
     if not lines:
         raise UserError(f"{path} holds no prompts: expected one a line")
     return lines

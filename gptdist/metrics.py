@@ -1,7 +1,9 @@
 """What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, model FLOPs utilisation, the loss curve."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+    words = f" {device_name.replace('-', ' ')} "  # "L4" is not "L40"
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if f" {name} " in words), None)
 
 
 def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
@@ -34,27 +37,38 @@ class Metrics:
 
     def __init__(self, run_dir: Path, config: RunConfig, *, start_step: int, resolved: dict[str, Any]):
         self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir, start_step) if config.tensorboard else None
+        with _writing(run_dir):
+            _truncate(self.path, start_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = _tensorboard(run_dir, start_step) if config.tensorboard else None
         self._wandb = _wandb(config.wandb, run_dir, resolved) if config.wandb else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
         scalars = {name: v for name, v in values.items() if isinstance(v, float)}
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with _writing(self.path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in scalars.items()}, step=step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with _writing(self.path):
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}: make room or choose another run.dir") from error
 
 
 def _truncate(path: Path, start_step: int) -> None:
@@ -69,9 +83,15 @@ def _truncate(path: Path, start_step: int) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
+            raise UserError(f"{path} line {number} is not a row of metrics, expected a JSON object with kind and step: "
+                            f"{line[:60]!r}")
+        rows.append(row)
     return rows
 
 
@@ -114,5 +134,9 @@ def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> N
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(output, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the plot {output}: {error}") from error
+    finally:
+        pyplot.close(figure)

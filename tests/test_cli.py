@@ -93,6 +93,9 @@ def test_doctor(capsys):
     (["generate", "nowhere", "--prompt", "x"], "nowhere is not a directory"),
     (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "top-p is 2.0"),
     (["generate", "{run}", "--prompt", "x", "--device", "abacus"], "--device abacus is no device"),
+    (["generate", "{run}", "--prompt", "x", "--device", "meta"], "--device meta is not supported"),
+    (["generate", "{run}", "--prompt", "x", "--temperature", "1e-45"], "temperature is 1e-45"),
+    (["generate", "{run}", "--prompt", "\udcff"], "lone surrogates"),
     (["inspect", "."], "holds no complete step-* directory"),
     (["evaluate", "{run}", "--data", "nowhere"], "nowhere does not exist"),
     (["plot", "{data}"], "has no metrics.jsonl"),
@@ -106,10 +109,25 @@ def test_user_errors_are_one_line_and_exit_code_2(argv, message, run, dataset, t
     (tmp_path / "binary.txt").write_bytes(b"text\x00\x01\x02" * 100)
     names = {"run": run, "data": dataset, "tmp": tmp_path, "binary": tmp_path / "binary.txt"}
     assert main([word.format(**names) for word in argv]) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gptdist ")]
-    assert len(error) == 1
-    assert message in error[0]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
     assert not (tmp_path / "o").exists()
+
+
+def test_verify_of_a_dataset_and_a_checkpoint(run, dataset, tmp_path, capsys):
+    import shutil
+
+    assert main(["verify", str(dataset)]) == 0
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("all right") == 3  # train, val, checkpoint
+    shutil.copytree(dataset, tmp_path / "bad")
+    shard = tmp_path / "bad" / "val" / "shard-00000.tokens.bin"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(data)
+    assert main(["verify", str(tmp_path / "bad")]) == 2
+    assert "val/shard-00000.tokens.bin: sha256" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys):

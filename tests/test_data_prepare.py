@@ -129,13 +129,22 @@ def test_many_inputs_globs_gzip_and_fields(tmp_path):
     assert documents_of(tmp_path / "out" / "train", tokenizer) == ["plain", "zipped", "json", "windows\nlines"]
 
 
-def test_embedded_corpus_and_progress_bar(tmp_path, capsys):
+def test_embedded_corpus_and_progress_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
     config = PrepareConfig(inputs=["embedded"], output=str(tmp_path / "out"), tokenizer="bytes")
     with progress_bar() as update:
         report = prepare(config, progress=update)
     assert report["documents"] > 300
     assert report["split"]["val"]["documents"] > 5
     assert "documents" in capsys.readouterr().err
+
+
+def test_no_progress_bar_without_a_terminal(tmp_path, capsys):
+    config = PrepareConfig(inputs=[write_jsonl(tmp_path / "a.jsonl", sentences(300))], output=str(tmp_path / "out"),
+                           tokenizer="bpe:300")
+    with progress_bar() as update:
+        prepare(config, progress=update)
+    assert capsys.readouterr().err == ""
 
 
 def test_progress_reaches_the_total(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gptdist.checkpoint.layout import latest
+from gptdist.errors import UserError
 from gptdist.evaluate.bigram import bigram_loss
 from gptdist.evaluate.perplexity import evaluate_checkpoint
 from tests.training import eval_losses, run_tiny
@@ -51,3 +52,21 @@ def test_evaluating_a_checkpoint_gives_the_trainers_loss(dataset, tmp_path):
     assert result["loss"] == pytest.approx(eval_losses(tmp_path / "run")[-1], abs=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["margin"] == pytest.approx(result["bigram_loss"] - result["loss"])
+
+
+def test_documents_are_masked_as_in_training(dataset, tmp_path):
+    run_tiny(dataset, tmp_path / "run", "--train.stop_at=3", "--eval.tokens=0", "--data.document_mask=true")
+    checkpoint = latest(tmp_path / "run" / "checkpoints")
+    assert evaluate_checkpoint(checkpoint, None)["loss"] == pytest.approx(eval_losses(tmp_path / "run")[-1], abs=1e-5)
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(dataset, tmp_path):
+    run_tiny(dataset, tmp_path / "run", "--train.stop_at=1")
+    checkpoint = latest(tmp_path / "run" / "checkpoints")
+    shard = checkpoint / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"checksum of .*shard-00000\.safetensors is wrong"):
+        evaluate_checkpoint(checkpoint, None)
+    assert evaluate_checkpoint(checkpoint, None, verify=False)["targets"] > 0

@@ -63,18 +63,37 @@ def test_the_seed_decides(tokenizer):
 
 
 def test_goes_on_past_the_context(tokenizer):
-    """At the end of the context the text goes on from its last half."""
+    """Past the end of the context the text goes on from its last half."""
     gen = generator(tokenizer)
     completion = gen.generate(["hello"], Sampling(max_new_tokens=100, temperature=0))[0]
     assert (len(completion.tokens), completion.finish) == (100, "length")
     whole = tokenizer.encode("hello") + completion.tokens
-    cut = whole[:32][-16:]
-    next_token = int(gen.model.logits(gen.model.hidden(torch.tensor([cut])))[0, -1].argmax())
-    assert whole[32] == next_token
+
+    def likeliest(tokens):
+        return int(gen.model.logits(gen.model.hidden(torch.tensor([tokens])))[0, -1].argmax())
+
+    assert whole[32] == likeliest(whole[:32])
+    assert whole[33] == likeliest(whole[17:33])
+    assert whole[34] == likeliest(whole[17:34])
+
+
+def test_rows_do_not_depend_on_each_other_past_the_context(tokenizer):
+    gen = generator(tokenizer)
+    prompts = ["x" * 19, "hello there", "y" * 31]
+    sampling = Sampling(max_new_tokens=80, temperature=0)
+    together = gen.generate(prompts, sampling)
+    assert [c.tokens for c in together] == [gen.generate([p], sampling)[0].tokens for p in prompts]
+
+
+def test_the_batch_size_changes_nothing(tokenizer):
+    gen = generator(tokenizer)
+    prompts = ["a", "bc", "def", "g", "h" * 9]
+    sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=2)
+    assert gen.generate(prompts, sampling, batch_size=2) == gen.generate(prompts, sampling)
 
 
 def test_a_prompt_longer_than_the_context_is_cut_from_the_left(tokenizer):
-    gen = generator(tokenizer)
+    gen = generator(tokenizer)  # its context is 32: the last half stays
     long = "".join(chr(97 + i % 26) for i in range(90))
     assert gen.generate([long], GREEDY)[0].tokens[0] == greedy_without_cache(gen, long[-16:], 1)[0]
 

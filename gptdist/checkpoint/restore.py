@@ -20,11 +20,13 @@ def read_config(checkpoint: str | os.PathLike) -> Config:
 
 
 def load_model(checkpoint: Path, *, device: str | torch.device = "cpu",
-               dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, Tokenizer, Config]:
+               dtype: torch.dtype = torch.float32, verify: bool = True) -> tuple[LanguageModel, Tokenizer, Config]:
     """(model in eval mode, tokenizer, configuration) of a checkpoint that any strategy saved at any world size.
 
-    Raises UserError for an incomplete or damaged checkpoint.
+    verify: check every sha256 first. Raises UserError for an incomplete or damaged checkpoint.
     """
+    if verify:
+        layout.verify(checkpoint)
     config = read_config(checkpoint)
     model = build_meta(config.model)
     model.to(dtype).to_empty(device=device)

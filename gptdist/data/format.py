@@ -151,6 +151,11 @@ def read_meta(directory: Path) -> DatasetMeta:
     return DatasetMeta(**{name: raw[name] for name in _META_FIELDS - {"format"}})
 
 
+def find_splits(path: Path) -> list[Path]:
+    """The split directories that `path` is or holds: DIR/train, DIR/val, or DIR itself."""
+    return [folder for folder in (path, path / "train", path / "val") if (folder / META_NAME).is_file()]
+
+
 def verify(path: str | Path) -> None:
     """Read a whole split directory and check every file's size and sha256, and that all ids are below vocab_size.
 

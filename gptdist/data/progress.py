@@ -19,7 +19,8 @@ def progress_bar() -> Iterator[ProgressCallback]:
         bar.TextColumn("{task.fields[documents]:,} documents  {task.fields[tokens_per_s]:,.0f} tokens/s"),
         bar.TimeRemainingColumn(),
     ]
-    with bar.Progress(*columns, console=Console(stderr=True)) as display:
+    console = Console(stderr=True)
+    with bar.Progress(*columns, console=console, disable=not console.is_terminal) as display:
         task = display.add_task("prepare", total=None, documents=0, tokens_per_s=0.0)
 
         def update(state: Progress) -> None:

@@ -72,6 +72,8 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of `text` as uint32 (n_tokens,), special tokens as plain text. Releases the GIL."""
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError("the text is not valid Unicode (it has lone surrogates): was it UTF-8 where it came from?")
         arrays = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _safe_parts(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 

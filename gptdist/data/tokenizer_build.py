@@ -9,6 +9,7 @@
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def train_hugging_face(n_mergeable: int, texts: Iterable[str], pattern: str = GP
         ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_mergeable, initial_alphabet=alphabet, show_progress=True)
+    trainer = trainers.BpeTrainer(vocab_size=n_mergeable, initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
     trained.train_from_iterator(texts, trainer)
     return trained
 

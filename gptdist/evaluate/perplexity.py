@@ -8,21 +8,20 @@ from rich.console import Console
 from rich.progress import track
 
 from gptdist.checkpoint.restore import load_model
-from gptdist.data.loader import eval_batches
 from gptdist.errors import UserError
 from gptdist.evaluate.bigram import bigram_loss, held_out_pairs
-from gptdist.tasks.pretrain import open_data
+from gptdist.tasks.pretrain import loss_sum, open_data, validation_batches
 
 
 @torch.inference_mode()
 def evaluate_checkpoint(checkpoint: Path, data: str | None, *, device: str = "cpu", bigram: bool = False,
-                        micro_batch: int = 16) -> dict:
+                        verify: bool = True) -> dict:
     """Loss (nats per token), perplexity and number of targets on the held-out split; with `bigram` its loss too.
 
     data: a prepared directory; None: the one the checkpoint was trained on.
     Raises UserError where the data has no held-out split or another tokenizer.
     """
-    model, tokenizer, config = load_model(checkpoint, device=device)
+    model, tokenizer, config = load_model(checkpoint, device=device, verify=verify)
     path = data or config.data.path
     train, val, data_tokenizer = open_data(path)
     if data_tokenizer.hash != tokenizer.hash:
@@ -32,15 +31,15 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, device: str = "cp
         raise UserError(f"{path} has no val/: prepare it with a held-out share above 0")
 
     def batches():
-        return eval_batches(val, context=config.model.context, micro_batch=micro_batch)
+        return validation_batches(val, config, tokenizer)
 
-    loss_sum, count = 0.0, 0
-    n_batches = -(-(len(val) - 1) // (config.model.context * micro_batch))
+    total, count = 0.0, 0
+    n_batches = -(-(len(val) - 1) // (config.model.context * config.eval.micro_batch))
     progress = Console(stderr=True)
     for batch in track(batches(), "evaluate", n_batches, console=progress, disable=not progress.is_terminal):
-        loss_sum += model(batch.tokens.to(device), batch.targets.to(device)).double().sum().item()
+        total += loss_sum(model, batch, torch.device(device)).item()
         count += int((batch.targets >= 0).sum())
-    loss = loss_sum / count
+    loss = total / count
     result = {"checkpoint": str(checkpoint), "data": path, "loss": loss, "perplexity": math.exp(loss), "targets": count}
     if bigram:
         best = bigram_loss(train.window(0, len(train)), *held_out_pairs(batches()), tokenizer.vocab_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ class Pretrain:
         self.world = world
         train, val, self.tokenizer = open_data(config.data.path)
         self.config = resolve_vocab(config, self.tokenizer, train)
+        if val is not None and len(val) < 2:
+            raise UserError(f"{config.data.path}/val has {len(val)} tokens, expected at least 2 to evaluate on: "
+                            f"prepare the data with a larger --val-fraction, or with 0 for none")
         self.val = val
         self.dataset_id = hashlib.sha256((Path(config.data.path) / "train" / "meta.json").read_bytes()).hexdigest()
         self.source = PretrainSource(
@@ -38,12 +42,9 @@ class Pretrain:
 
     def loss(self, strategy: Strategy, batch: Batch, key: Tensor | None) -> Tensor:
         """Sum of the micro-batch's token losses in nats, () fp32. `key`: dropout key of the step, None: no dropout."""
-        device = self.world.device
         p = self.config.model.dropout
-        dropout = Dropout(p, key, batch.sample_ids.to(device)) if p > 0 and key is not None else None
-        doc_start = None if batch.doc_start is None else batch.doc_start.to(device)
-        losses = strategy(batch.tokens.to(device), batch.targets.to(device), dropout=dropout, doc_start=doc_start)
-        return losses.sum()
+        dropout = Dropout(p, key, batch.sample_ids.to(self.world.device)) if p > 0 and key is not None else None
+        return loss_sum(strategy, batch, self.world.device, dropout)
 
     def dropout_key(self, step: int) -> Tensor | None:
         return ops.dropout_key(self.config.run.seed, step, self.world.device) if self.config.model.dropout else None
@@ -54,14 +55,26 @@ class Pretrain:
             return None
         total = torch.zeros(2, dtype=torch.float64)  # loss sum, targets
         with strategy.evaluating():
-            for batch in eval_batches(self.val, context=self.config.model.context,
-                                      micro_batch=self.config.eval.micro_batch, rank=self.world.rank,
-                                      world=self.world.size, max_tokens=self.config.eval.tokens or None,
-                                      document_mask=self.config.data.document_mask, eot=self.tokenizer.eot):
+            for batch in validation_batches(self.val, self.config, self.tokenizer, rank=self.world.rank,
+                                            world=self.world.size, max_tokens=self.config.eval.tokens or None):
                 total[0] += self.loss(strategy, batch, None).double().cpu()
                 total[1] += int((batch.targets >= 0).sum())
-        loss_sum, count = self.world.sum(total).tolist()
-        return loss_sum / count if count else math.nan
+        losses, count = self.world.sum(total).tolist()
+        return losses / count if count else math.nan
+
+
+def loss_sum(model: Callable[..., Tensor], batch: Batch, device: torch.device,
+             dropout: Dropout | None = None) -> Tensor:
+    """Sum of a batch's token losses in nats, () fp32."""
+    doc_start = None if batch.doc_start is None else batch.doc_start.to(device)
+    return model(batch.tokens.to(device), batch.targets.to(device), dropout=dropout, doc_start=doc_start).sum()
+
+
+def validation_batches(val: TokenDataset, config: Config, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1,
+                       max_tokens: int | None = None) -> Iterator[Batch]:
+    """The held-out windows as a run with this configuration scores them."""
+    return eval_batches(val, context=config.model.context, micro_batch=config.eval.micro_batch, rank=rank, world=world,
+                        max_tokens=max_tokens, document_mask=config.data.document_mask, eot=tokenizer.eot)
 
 
 def open_data(path: str) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:

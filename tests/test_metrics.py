@@ -1,0 +1,60 @@
+import errno
+
+import pytest
+
+from gptdist import metrics
+from gptdist.config import RunConfig
+from gptdist.errors import MissingError, UserError
+from gptdist.metrics import Metrics, peak_flops, plot_losses, read_rows
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("AMD EPYC", None),
+])
+def test_peak_rates_are_known_or_absent(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_rows_past_the_start_are_dropped(tmp_path):
+    for start in (0, 2):
+        writer = Metrics(tmp_path, RunConfig(tensorboard=False), start_step=start, resolved={})
+        for step in range(start + 1, start + 4):
+            writer.write("train", step, loss=float(step))
+        writer.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_disk_full_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = Metrics(tmp_path, RunConfig(tensorboard=False), start_step=0, resolved={})
+    monkeypatch.setattr(metrics.json, "dumps", full)
+    with pytest.raises(UserError, match=r"cannot write to .*metrics\.jsonl: No space left on device"):
+        writer.write("train", 1, loss=1.0)
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path):
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingError, match="pip install wandb"):
+            Metrics(tmp_path, RunConfig(tensorboard=False, wandb="x"), start_step=0, resolved={})
+    else:
+        pytest.skip("wandb is installed here")
+
+
+@pytest.mark.parametrize("line", ["garbage", "{}", "[1]", '{"kind": "train", "step": "x"}'])
+def test_rows_that_are_none_are_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "loss": 1.0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is not a row of metrics"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.png", "x.foo"])
+def test_plots_that_cannot_be_written_are_named(tmp_path, name):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="cannot write the plot"):
+        plot_losses(tmp_path, tmp_path / name)
