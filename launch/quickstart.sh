@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a GPT that writes: set up, prepare the English that comes with Python, train on two processes under
-# FSDP, stop half-way and resume, compare with a bigram model, plot, generate. About 4 minutes on 2 cores once the
+# FSDP, stop half-way and resume, compare with a bigram model, plot, generate. About 3 minutes on 2 cores once the
 # packages are there; run again, it goes on from what is done.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
