@@ -11,8 +11,8 @@ from tests.conftest import torchrun
 from tests.parallel_worker import CASES, case_options
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 
-WORLDS = (2, 3, 4)
-CHAIN = {2: (12, "fsdp"), 3: (15, "ddp"), 4: (18, "fsdp")}  # world size -> where it stops, strategy
+WORLDS = (1, 2, 3, 4)
+CHAIN = {1: (9, "ddp"), 2: (12, "fsdp"), 3: (15, "ddp"), 4: (18, "fsdp")}  # world size -> where it stops, strategy
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def runs(dataset, tmp_path_factory):
     make_masked_copy(dataset, out / "masked")
     for name in CASES:
         single = [o for o in case_options(name, out) if not o.startswith("--parallel.strategy")]
-        run_tiny(dataset, out / f"{name}-1", *single, "--data.workers=0")
+        run_tiny(dataset, out / f"{name}-single", *single, "--data.workers=0")
     run_tiny(dataset, out / "chain", "--train.stop_at=7")
     for world in WORLDS:
         stop, strategy = CHAIN[world]
@@ -47,14 +47,14 @@ def make_masked_copy(dataset, path):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", [name for name in CASES if "bf16" not in name])
 def test_every_strategy_and_world_size_gives_the_single_curve(runs, case, world):
-    assert_same_curve(train_rows(runs / f"{case}-{world}"), train_rows(runs / f"{case}-1"))
-    assert eval_losses(runs / f"{case}-{world}") == pytest.approx(eval_losses(runs / f"{case}-1"), abs=1e-5)
+    assert_same_curve(train_rows(runs / f"{case}-{world}"), train_rows(runs / f"{case}-single"))
+    assert eval_losses(runs / f"{case}-{world}") == pytest.approx(eval_losses(runs / f"{case}-single"), abs=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_bf16_stays_in_a_band_of_fp32(runs, world):
     """bf16 has 8 bits of mantissa: over 20 steps the losses stay within 0.02 nats of fp32's."""
-    assert_same_curve(train_rows(runs / f"fsdp-bf16-{world}"), train_rows(runs / "fsdp-1"), loss=0.02, norm=0.1)
+    assert_same_curve(train_rows(runs / f"fsdp-bf16-{world}"), train_rows(runs / "fsdp-single"), loss=0.02, norm=0.1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -64,10 +64,11 @@ def test_resume_at_the_same_world_size_is_bitwise(runs, world):
 
 
 def test_one_run_goes_on_at_every_world_size(runs):
-    """7 steps on one process, to 12 on two, to 15 on three, to 18 on four, to 20 on one."""
-    assert_same_curve(train_rows(runs / "chain"), train_rows(runs / "fsdp-1"))
+    """7 steps on one process, to 9 on one under ddp, to 12 on two, to 15 on three, to 18 on four, to 20 on one."""
+    assert_same_curve(train_rows(runs / "chain"), train_rows(runs / "fsdp-single"))
 
 
 def test_dropout_changes_the_curve(runs):
     """The equalities above would also hold if dropout did nothing."""
-    assert abs(train_rows(runs / "fsdp-dropout-1")[-1]["loss"] - train_rows(runs / "fsdp-1")[-1]["loss"]) > 1e-3
+    with_dropout, without = train_rows(runs / "fsdp-dropout-single"), train_rows(runs / "fsdp-single")
+    assert abs(with_dropout[-1]["loss"] - without[-1]["loss"]) > 1e-3
