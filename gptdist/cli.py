@@ -162,8 +162,8 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--text-field", default="text", help="JSONL: the field with the text (default: %(default)s)")
     parser.add_argument("--document-separator", metavar="TEXT",
                         help="plain text: `blank-line`, or a text such as <|endoftext|>; default: a file is a document")
-    parser.add_argument("--max-document-chars", type=int, default=1_000_000,
-                        help="cut longer plain-text documents at the next paragraph (default: %(default)s)")
+    parser.add_argument("--max-document-chars", type=int,
+                        help="cut longer plain-text documents at the next paragraph")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default: 0.05)")
     parser.add_argument("--min-chars", type=int, default=1, help="drop shorter documents (default: %(default)s)")
     parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep exact duplicates")

@@ -68,7 +68,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}: make room or choose another run.dir") from error
+        raise UserError(f"cannot write to {path}: {error.strerror or error}: make room or choose another "
+                        "run.dir") from error
 
 
 def _truncate(path: Path, start_step: int) -> None:
@@ -83,10 +84,14 @@ def _truncate(path: Path, start_step: int) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "kind" not in row:
             raise UserError(f"{path} line {number} is not a row of metrics, expected a JSON object with kind and step: "
@@ -120,8 +125,7 @@ def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> N
     if not path.exists():
         raise UserError(f"{run_dir} has no metrics.jsonl: expected the directory of a training run (run.dir)")
     rows = read_rows(path)
-    train = [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"]
-    evals = [(r["step"], r["val_loss"]) for r in rows if r["kind"] == "eval"]
+    train, evals = _points(path, rows, "train", "loss"), _points(path, rows, "eval", "val_loss")
     if not train:
         raise UserError(f"{path} has no training rows yet")
     figure, axes = pyplot.subplots(figsize=(7, 4))
@@ -140,3 +144,15 @@ def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> N
         raise UserError(f"cannot write the plot {output}: {error}") from error
     finally:
         pyplot.close(figure)
+
+
+def _points(path: Path, rows: list[dict[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows of one kind. Raises UserError naming the line without a number."""
+    points = []
+    for number, row in enumerate(rows, 1):
+        if row["kind"] == kind:
+            if not isinstance(row.get(name), int | float):
+                raise UserError(f"{path} line {number} has no number as {name}, got {row.get(name)!r:.60}: remove that "
+                                "line, or move the file away")
+            points.append((row["step"], row[name]))
+    return points

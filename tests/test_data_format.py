@@ -143,6 +143,65 @@ def test_bad_meta(dataset_path, change, message):
         TokenDataset.open(dataset_path)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["tokens", "uint8", "uint32", "..", "a/b", "a\0", "shard-00001"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+)
+
+
+def places_in(value, path=()):
+    """The path of every value inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places_in(inner, (*path, key))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_value_in_meta_is_a_dataset_or_the_users_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("meta") / "train"
+    write(path, [range(10), range(20), range(5)], shard_tokens=15)
+    meta = json.loads((path / "meta.json").read_text())
+    *parents, last = data.draw(st.sampled_from(list(places_in(meta))))
+    inner = meta
+    for key in parents:
+        inner = inner[key]
+    if data.draw(st.integers(0, 3)) == 0:
+        del inner[last]
+    else:
+        inner[last] = data.draw(json_values)
+    (path / "meta.json").write_text(json.dumps(meta))
+    message = ""
+    try:
+        dataset = TokenDataset.open(path)
+        assert dataset.window(0, len(dataset)).tolist() == [*range(10), *range(20), *range(5)]
+        verify(path)
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def test_meta_in_pieces(dataset_path):
+    """Each wrong type is named with its place."""
+    path = dataset_path / "meta.json"
+    good = json.loads(path.read_text())
+    shard = good["shards"][0]
+    for change, message in (
+        ({"shards": 3}, "shards is '3', expected a list"),
+        ({"streams": []}, "streams is"),
+        ({"n_tokens": -1}, "n_tokens is '-1', expected an integer of at least 0"),
+        ({"shards": [{**shard, "files": None}]}, r"shards\[0\]\.files"),
+        ({"shards": [{**shard, "n_tokens": -1}]}, r"shards\[0\]\.n_tokens"),
+        ({"shards": [{**shard, "name": "../x"}]}, r"shards\[0\]\.name"),
+        ({"shards": ["x"]}, r"shards\[0\] is 'x'"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=message):
+            TokenDataset.open(dataset_path)
+
+
 def test_wrong_paths(tmp_path, dataset_path):
     with pytest.raises(UserError, match="no such dataset"):
         TokenDataset.open(tmp_path / "nothing")

@@ -203,18 +203,20 @@ def test_evaluation_has_every_target_once(dataset, context, micro, world, limit)
 
 
 def test_bad_input(dataset, tmp_path):
-    with pytest.raises(UserError, match="700 tokens, expected at least context"):
+    with pytest.raises(UserError, match=r"700 tokens, expected at least model\.context \+ 1"):
         source(dataset, context=700)
-    with pytest.raises(UserError, match="world size 13 is larger than sequences_per_step 12"):
+    with pytest.raises(UserError, match="world size 13 is larger than the 12 sequences of a step"):
         source(dataset, world=13)
-    with pytest.raises(UserError, match="micro_batch is 0"):
+    with pytest.raises(UserError, match=r"train\.micro_batch is 0"):
         source(dataset, micro_batch=0)
+    with pytest.raises(UserError, match=r"train\.tokens_per_step makes 0 sequences"):
+        source(dataset, sequences_per_step=0)
     with pytest.raises(UserError, match=r"skipped range \[5, 3\)"):
         source(dataset, skipped=[[5, 3]])
     np.zeros(100, np.uint16).tofile(tmp_path / "raw.bin")
     with pytest.raises(UserError, match="document_mask needs the id"):
         source(TokenDataset.open(tmp_path / "raw.bin"), document_mask=True)
-    with pytest.raises(UserError, match="nothing to evaluate"):
+    with pytest.raises(UserError, match=r"val split has 700 tokens and eval\.tokens is 0: nothing to evaluate"):
         list(eval_batches(dataset, context=8, micro_batch=1, max_tokens=0))
 
 

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from gptdist.data.progress import progress_bar
 from gptdist.data.read import DocumentReader, ReadSettings
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
+from tests.conftest import run_gptdist
 
 
 def sentences(n, seed=0):
@@ -147,6 +152,41 @@ def test_no_progress_bar_without_a_terminal(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_failing_prepare_prints_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("ab")
+    for tokenizer in ("bytes", "bpe:5000"):
+        done = run_gptdist("prepare", "--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"),
+                           "--tokenizer", tokenizer)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("gptdist prepare: ")
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    dead = tmp_path / f"out.tmp-{host}-{gone.pid}-0123abcd"
+    aside = tmp_path / f"out.tmp-{host}-{gone.pid}-0123abcd.old"  # its dataset is not in place: the only copy
+    kept = [aside, *(tmp_path / name for name in (
+        f"out.tmp-{host}-{os.getpid()}-0123abcd", f"out.tmp-other{host}-{gone.pid}-0123abcd",
+        f"mine.tmp-{host}-{gone.pid}-0123abcd", f"out.tmp-{host}-{gone.pid}-notes"))]
+    for path in [dead, *kept]:
+        (path / "train").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("hello")
+    run(tmp_path, str(tmp_path / "a.txt"), val_fraction=0)
+    assert not dead.exists()
+    assert all(path.exists() for path in kept)
+    run(tmp_path, str(tmp_path / "a.txt"), val_fraction=0, overwrite=True)
+    assert not aside.exists()
+
+
+def test_val_of_one_token(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"val has 1 token \(--val-fraction 0\.05\), expected at least 2"):
+        run(tmp_path, str(tmp_path / "a.txt"))
+
+
 def test_progress_reaches_the_total(tmp_path):
     states = []
     config = PrepareConfig(
@@ -231,16 +271,18 @@ def test_endless_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": []}, "inputs is empty"),
+        ({"inputs": []}, "--input is empty"),
         ({"inputs": ["/no/such/file.txt"]}, "no such file"),
         ({"inputs": ["/no/such/*.txt"]}, "no file matches"),
         ({"inputs": ["/"]}, "is a directory"),
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
-        ({"workers": 0}, "workers is 0"),
-        ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"max_document_chars": 0}, "max_document_chars is 0"),
-        ({"document_separator": ""}, "document_separator is empty"),
+        ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
+        ({"val_fraction": -0.1}, "--val-fraction is -0.1"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"shard_tokens": 0}, "--shard-tokens is 0"),
+        ({"max_document_chars": 0}, "--max-document-chars is 0"),
+        ({"document_separator": ""}, "--document-separator is empty"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 1 << 63}, "--seed is 9223372036854775808"),
         ({"tokenizer": "nonsense"}, "no such name or path"),
         ({"output": "/proc/nothing/here"}, "cannot write here"),
     ],

@@ -60,8 +60,10 @@ def test_specials_in_text_are_plain_text_unless_asked(bpe):
     assert bpe.decode(bpe.encode(TEXT, allow_special=True)) == TEXT
 
 
-def test_encode_batch_keeps_order(bpe, corpus):
-    assert bpe.encode_batch(corpus[:20], threads=4) == [bpe.encode(text) for text in corpus[:20]]
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_text_without_a_utf8_form(allow_special):
+    with pytest.raises(UserError, match=r"lone surrogates, the first '\\udcff' at character 3"):
+        BYTES.encode("abc\udcff", allow_special=allow_special)
 
 
 def test_long_whitespace_does_not_panic(bpe):
@@ -162,7 +164,7 @@ def test_real_gpt2_on_the_books_text():
     assert len(gpt2.encode((data / "the-verdict.txt").read_text())) == 5145
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "bpe:", "bpe:256", "bpe:-5", "bpe:x", "/no/such/path"])
+@pytest.mark.parametrize("spec", ["nonsense", "bpe:", "bpe:256", "bpe:-5", "bpe:x", "bpe:99999999999", "/no/such/path"])
 def test_bad_specs(spec):
     with pytest.raises(UserError, match="expected"):
         build_tokenizer(spec, ["text"])
@@ -209,6 +211,42 @@ def test_bad_headers(tmp_path, bpe, header, message):
         path.write_text(header if isinstance(header, str) else path.read_text().replace('"format": 1', '"format": 7'))
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"specials": value} for value in ({}, [], "x", None, {EOT: 5}, {EOT: "5"}, {EOT: True}, {EOT: -1})),
+        *({"specials": value} for value in ({EOT: 1 << 40}, {EOT: 1.5}, {EOT: [1]}, {EOT: 999, "": 1000})),
+        {"specials": {EOT: 999, "<|a|>": 999}},
+        *({"pattern": value} for value in ("(", "", 5, None, ["x"])),
+        *({name: value} for name in ("name", "hash", "format") for value in (5, None, [1], {})),
+    ],
+)
+def test_headers_of_the_wrong_type(tmp_path, bpe, change):
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"tokenizer\.json: "):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["YQ== 300", "YWI= 65", "YWI= -1", "YWI= 4294967296", " 300", "Y 300", "YWI="])
+def test_bad_lines_of_rank_files(tmp_path, line):
+    BYTES.save(tmp_path)
+    path = tmp_path / "tokenizer.tiktoken"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken:257: expected"):
+        build_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("ids", [{EOT: 5}, {EOT: "x"}, {"a": "65"}, {"a": None}])
+def test_bad_ids_of_gpt2_files(tmp_path, bpe, ids):
+    write_gpt2_files(tmp_path, bpe)
+    path = tmp_path / "encoder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+    with pytest.raises(UserError, match=r"encoder\.json"):
+        build_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["no merges", "other merges", "not json", "not bytes"])

@@ -58,3 +58,37 @@ def test_plots_that_cannot_be_written_are_named(tmp_path, name):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="cannot write the plot"):
         plot_losses(tmp_path, tmp_path / name)
+
+
+@pytest.mark.parametrize("loss", ["", ', "loss": null', ', "loss": "x"'])
+def test_a_loss_that_is_no_number_is_named(tmp_path, loss):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 2' + loss + "}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 1 has no number as loss"):
+        plot_losses(tmp_path, tmp_path / "x.png")
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("broken", ["pathlib.Path.write_text", "gptdist.metrics.os.replace"])
+def test_a_full_disk_at_the_start(tmp_path, monkeypatch, broken):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
+    monkeypatch.setattr(broken, no_space)
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device: "):
+        Metrics(tmp_path, RunConfig(tensorboard=False), start_step=0, resolved={})
+
+
+def test_a_full_disk_under_tensorboard_and_at_the_end(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    writer = Metrics(tmp_path, RunConfig(tensorboard=True), start_step=0, resolved={})
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._board, "add_scalar", no_space)
+        patch.setattr(writer._board, "close", no_space)
+        for write in (lambda: writer.write("train", 1, loss=1.0), writer.close):
+            with pytest.raises(UserError, match=r"cannot write to .*: No space left on device: "):
+                write()
+    writer.close()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", no_space)
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device: "):
+        Metrics(tmp_path, RunConfig(tensorboard=True), start_step=0, resolved={})

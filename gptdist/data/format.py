@@ -10,9 +10,11 @@ nanoGPT's `train.bin` is a tokens file alone and opens as well.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 STREAM_DTYPES = TOKEN_DTYPES | {"uint8": np.dtype("u1")}
 INDEX_DTYPE = np.dtype("<i8")
 _META_FIELDS = {"format", "tokenizer_hash", "vocab_size", "eot", "n_tokens", "n_documents", "streams", "shards"}
+_SHARD_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -136,24 +139,59 @@ def read_meta(directory: Path) -> DatasetMeta:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_not_a_dataset(directory)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); prepare the dataset again") from error
     if not isinstance(raw, dict) or "format" not in raw:
         raise UserError(f"{path}: has no 'format'; expected a dataset's meta.json")
     if raw["format"] != FORMAT:
-        raise UserError(f"{path}: format {raw['format']} is unknown, expected {FORMAT}; update gptdist")
+        raise UserError(f"{path}: format {raw['format']!r} is unknown, expected {FORMAT}; update gptdist")
     missing = _META_FIELDS - set(raw)
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; prepare the dataset again")
-    unknown = set(raw["streams"].values()) - set(STREAM_DTYPES)
-    if unknown or raw["streams"].get("tokens") not in TOKEN_DTYPES:
-        raise UserError(f"{path}: streams {raw['streams']} are not understood; expected tokens: uint16 or uint32")
+    _check_types(path, raw)
     return DatasetMeta(**{name: raw[name] for name in _META_FIELDS - {"format"}})
 
 
 def find_splits(path: Path) -> list[Path]:
     """The split directories that `path` is or holds: DIR/train, DIR/val, or DIR itself."""
     return [folder for folder in (path, path / "train", path / "val") if (folder / META_NAME).is_file()]
+
+
+def _check_types(path: Path, raw: dict[str, Any]) -> None:
+    """Raise UserError naming the first value of meta.json that has not the type or range that its readers rely on."""
+
+    def require(ok: bool, name: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{path}: {name} is {str(value)[:80]!r}, expected {expected}; prepare the dataset again")
+
+    require(isinstance(raw["tokenizer_hash"], str), "tokenizer_hash", raw["tokenizer_hash"], "a string")
+    for name, least in (("vocab_size", 1), ("eot", 0), ("n_tokens", 0), ("n_documents", 0)):
+        require(_is_count(raw[name], least), name, raw[name], f"an integer of at least {least}")
+    streams, shards = raw["streams"], raw["shards"]
+    require(isinstance(streams, dict), "streams", streams, "an object of stream names and dtypes")
+    understood = all(isinstance(dtype, str) and dtype in STREAM_DTYPES for dtype in streams.values())
+    if not understood or streams.get("tokens") not in TOKEN_DTYPES:
+        raise UserError(f"{path}: streams {str(streams)[:80]!r} are not understood; expected tokens: uint16 or uint32")
+    require(isinstance(shards, list), "shards", shards, "a list")
+    for i, shard in enumerate(shards):
+        require(isinstance(shard, dict), f"shards[{i}]", shard, "an object")
+        name = shard.get("name")
+        require(isinstance(name, str) and _SHARD_NAME.fullmatch(name) is not None, f"shards[{i}].name", name,
+                "a file name such as shard-00000")
+        for count in ("n_tokens", "n_documents"):
+            value = shard.get(count)
+            require(_is_count(value, 1), f"shards[{i}].{count}", value, "an integer of at least 1")
+        files = shard.get("files")
+        require(isinstance(files, dict) and all(map(_is_file_entry, files.values())), f"shards[{i}].files", files,
+                "an object of file names, each with size and sha256")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("size"), 0) and isinstance(entry.get("sha256"), str)
 
 
 def verify(path: str | Path) -> None:
@@ -165,14 +203,21 @@ def verify(path: str | Path) -> None:
     dataset = TokenDataset.open(path)
     for shard in dataset.meta.shards:
         for name, expected in shard["files"].items():
-            with open(path / name, "rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = _sha256(path / name)
             if actual != expected["sha256"]:
                 raise UserError(
                     f"{path / name}: sha256 {actual[:12]} but {META_NAME} says {expected['sha256'][:12]}; "
                     "the file was altered or damaged, copy or prepare it again"
                 )
         _check_ids(path / stream_file(shard["name"], "tokens"), dataset.meta)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{str(path)!r}: cannot be read ({error}), but {META_NAME} lists it; copy it again") from error
 
 
 def _check_ids(path: Path, meta: DatasetMeta, chunk: int = 1 << 22) -> None:
@@ -209,6 +254,8 @@ def _check_size(path: Path, needed: int, declared: int | None) -> None:
         actual = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {META_NAME} lists it with {needed} bytes, copy it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions or copy it again") from error
     if actual != needed:
         raise UserError(f"{path}: {actual} bytes, expected {needed}; the file is cut or altered, copy it again")
 

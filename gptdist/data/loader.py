@@ -84,8 +84,8 @@ class PretrainSource:
         _check_sizes(context, sequences_per_step, micro_batch, world)
         if len(dataset) < context + 1:
             raise UserError(
-                f"{dataset.path}: {len(dataset)} tokens, expected at least context + 1 = {context + 1}; "
-                "use more text or a shorter context"
+                f"{dataset.path}: {len(dataset)} tokens, expected at least model.context + 1 = {context + 1}; "
+                "use more text or a shorter model.context"
             )
         self.n_samples = (len(dataset) - 1) // context
         self.context = context
@@ -196,7 +196,11 @@ def eval_batches(
     """
     n_targets = len(dataset) - 1 if max_tokens is None else min(len(dataset) - 1, max_tokens)
     if n_targets < 1:
-        raise UserError(f"{dataset.path}: {len(dataset)} tokens and max_tokens {max_tokens} leave nothing to evaluate")
+        limit = "" if max_tokens is None else f" and eval.tokens is {max_tokens}"
+        raise UserError(
+            f"{dataset.path}: the val split has {len(dataset)} tokens{limit}: nothing to evaluate; expected at least 2 "
+            "tokens, prepare with a larger --val-fraction, and eval.tokens of at least 1, or 0 for all"
+        )
     n_windows = -(-n_targets // context)
     eot = _document_end(dataset, eot) if document_mask else None
     first, last = rank_share(n_windows, rank, world)
@@ -281,25 +285,35 @@ class Prefetcher:
 
 
 def _check_sizes(context: int, sequences_per_step: int, micro_batch: int, world: int) -> None:
-    for name, value in (("context", context), ("sequences_per_step", sequences_per_step), ("micro_batch", micro_batch)):
+    for name, value in (("model.context", context), ("train.micro_batch", micro_batch)):
         if value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
+    if sequences_per_step < 1:
+        raise UserError(
+            f"train.tokens_per_step makes {sequences_per_step} sequences of model.context = {context} tokens, expected "
+            "at least 1; use a larger train.tokens_per_step"
+        )
     if world > sequences_per_step:
         raise UserError(
-            f"world size {world} is larger than sequences_per_step {sequences_per_step}, so some ranks would have "
-            "nothing to do; use fewer processes or a larger batch"
+            f"world size {world} is larger than the {sequences_per_step} sequences of a step (train.tokens_per_step / "
+            "model.context), so some ranks would have nothing to do; use fewer processes or a larger "
+            "train.tokens_per_step"
         )
 
 
 def _checked_ranges(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     for start, stop in ranges:
         if not 0 <= start <= stop:
-            raise UserError(f"skipped range [{start}, {stop}): expected 0 <= start <= stop, in sample numbers")
+            raise UserError(
+                f"data.skip: skipped range [{start}, {stop}): expected 0 <= start <= stop, in sample numbers"
+            )
     return sorted((int(start), int(stop)) for start, stop in ranges)
 
 
 def _document_end(dataset: TokenDataset, eot: int | None) -> int:
     eot = dataset.meta.eot if eot is None else eot
     if eot is None:
-        raise UserError(f"{dataset.path}: document_mask needs the id of <|endoftext|>, which a raw file does not say")
+        raise UserError(
+            f"{dataset.path}: data.document_mask needs the id of <|endoftext|>, which a raw file does not say"
+        )
     return eot

@@ -215,13 +215,19 @@ class _Run:
             for name, count in self._cleaner.counts.items()
         )
         if self._progress.documents == 0:
-            raise UserError(f"no documents are left after cleaning ({counts}); check the inputs and min_chars")
+            raise UserError(f"no documents are left after cleaning ({counts}); check --input and --min-chars")
         for split, writer in self._writers.items():
             if writer.n_documents == 0:
                 raise UserError(
-                    f"no document fell into {split} (val_fraction {self._config.val_fraction}, "
-                    f"{self._progress.documents} documents); change val_fraction or max_document_chars"
+                    f"no document fell into {split} (--val-fraction {self._config.val_fraction}, "
+                    f"{self._progress.documents} documents); change --val-fraction or --max-document-chars"
                 )
+        val = self._writers.get("val")
+        if val is not None and val.n_tokens < 2:  # a token and the one that follows it
+            raise UserError(
+                f"val has {val.n_tokens} token (--val-fraction {self._config.val_fraction}), expected at least 2 to "
+                "evaluate on; give more text, a larger --val-fraction, or 0 for no val"
+            )
 
     def report(self, total_seconds: float) -> dict:
         progress = self._progress
@@ -277,11 +283,13 @@ def _read_settings(config: PrepareConfig) -> ReadSettings:
 def _check(config: PrepareConfig) -> None:
     """Raise UserError for settings that cannot work."""
     if not config.inputs:
-        raise UserError("inputs is empty; give text or JSONL files, globs, or the word embedded")
+        raise UserError("--input is empty; give text or JSONL files, globs, or the word embedded")
     if not 0 <= config.val_fraction < 1:
-        raise UserError(f"val_fraction is {config.val_fraction}, expected at least 0 and below 1")
+        raise UserError(f"--val-fraction is {config.val_fraction}, expected at least 0 and below 1")
     if config.document_separator == "":
-        raise UserError("document_separator is empty; expected blank-line or a string such as <|endoftext|>")
+        raise UserError("--document-separator is empty; expected blank-line or a string such as <|endoftext|>")
     for name in ("workers", "shard_tokens", "max_document_chars"):
         if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}, expected at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1")
+    if not 0 <= config.seed < 1 << 63:
+        raise UserError(f"--seed is {config.seed}, expected 0 to 2^63 - 1")

@@ -136,7 +136,7 @@ class DocumentReader:
             raise UserError(f"{where}: expected a JSON object with {field!r}, got {type(record).__name__}")
         if field not in record:
             found = ", ".join(sorted(record)) or "none"
-            raise UserError(f"{where}: no field {field!r}; fields found: {found}; set text_field to one of them")
+            raise UserError(f"{where}: no field {field!r}; fields found: {found}; pass one of them as --text-field")
         if not isinstance(record[field], str):
             raise UserError(f"{where}: field {field!r} is {type(record[field]).__name__}, expected a string")
         return record[field]

@@ -10,8 +10,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from gptdist.errors import UserError
 
 EOT = "<|endoftext|>"
 FORMAT = 1
+MAX_VOCAB = 1 << 24  # far above any real vocabulary: a larger id is damage, and would ask for a table of that size
 # GPT-2's split pattern as tiktoken writes it: possessive quantifiers, so that it never backtracks within a word.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # `\s+(?!\S)` needs one backtracking entry per character; tiktoken 0.14 panics between 512 000 and 1 024 000 of them.
@@ -35,17 +35,18 @@ class Tokenizer:
     """
 
     def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = GPT2_PATTERN):
-        if EOT not in specials:
-            raise ValueError(f"tokenizer {name}: specials must have {EOT}, got {sorted(specials)}")
-        if len({*ranks.values(), *specials.values()}) != len(ranks) + len(specials):
-            raise ValueError(f"tokenizer {name}: two tokens have the same id")
+        """Raises ValueError for tokens, ids or a pattern that make no tokenizer."""
+        _check_parts(name, ranks, specials, pattern)
         self.name = name
         self.pattern = pattern
         self.ranks = ranks
         self.specials = dict(specials)
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials
+            )
+        except ValueError as error:
+            raise ValueError(f"tokenizer {name}: pattern or tokens cannot be used ({error})") from error
 
     @property
     def vocab_size(self) -> int:
@@ -65,24 +66,23 @@ class Tokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Return the ids of `text`. Special tokens written in the text are plain text unless `allow_special`."""
+        """Return the ids of `text`. Special tokens written in the text are plain text unless `allow_special`.
+
+        Raises UserError for text that has no UTF-8 form.
+        """
         if allow_special:
+            _check_utf8(text)
             return [i for part in _safe_parts(text) for i in self._encoding.encode(part, allowed_special="all")]
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as uint32 (n_tokens,), special tokens as plain text. Releases the GIL."""
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError("the text is not valid Unicode (it has lone surrogates): was it UTF-8 where it came from?")
+        """Return the ids of `text` as uint32 (n_tokens,), special tokens as plain text. Releases the GIL.
+
+        Raises UserError for text that has no UTF-8 form.
+        """
+        _check_utf8(text)
         arrays = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _safe_parts(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Encode many texts on `threads` threads, in order; special tokens as plain text."""
-        if threads <= 1:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -127,7 +127,8 @@ class Tokenizer:
         header_path = Path(directory) / "tokenizer.json"
         header = _read_header(header_path)
         ranks = read_ranks(Path(directory) / "tokenizer.tiktoken")
-        tokenizer = cls(name=header["name"], ranks=ranks, specials=header["specials"], pattern=header["pattern"])
+        tokenizer = tokenizer_from(header_path, name=header["name"], ranks=ranks, specials=header["specials"],
+                                   pattern=header["pattern"])
         if tokenizer.hash != header["hash"]:
             raise UserError(
                 f"{header_path}: the tokenizer files were altered (hash {tokenizer.hash[:12]}, "
@@ -152,6 +153,14 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
+def tokenizer_from(where: Path, **parts) -> Tokenizer:
+    """Return Tokenizer(**parts), made from the file `where`. Raises UserError naming it."""
+    try:
+        return Tokenizer(**parts)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; restore the file from where it was made") from error
+
+
 def extend(tokenizer: Tokenizer, specials: Iterable[str]) -> Tokenizer:
     """Return a tokenizer with `specials` added after the last id; names that it already has keep their ids."""
     merged = dict(tokenizer.specials)
@@ -172,13 +181,20 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer's ranks ({error.strerror})") from error
-    ranks = {}
+    ranks, used = {}, set()
     for number, line in enumerate(lines, start=1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, digits = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(digits)
         except ValueError:
             raise UserError(f"{path}:{number}: expected 'base64-token rank', got {line[:40]!r}") from None
+        if not token or token in ranks or rank in used or not 0 <= rank < MAX_VOCAB:
+            raise UserError(
+                f"{path}:{number}: expected a token and a rank that no line above has, the rank in [0, {MAX_VOCAB}), "
+                f"got {line[:40]!r}; restore the file"
+            )
+        ranks[token] = rank
+        used.add(rank)
     check_has_all_bytes(ranks, path)
     return ranks
 
@@ -200,17 +216,42 @@ def _ranks_to_lines(ranks: dict[bytes, int]) -> bytes:
 
 def _read_header(path: Path) -> dict:
     try:
-        header = json.loads(path.read_text())
+        header = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; expected a directory written by Tokenizer.save") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     missing = {"format", "name", "pattern", "specials", "hash"} - set(header if isinstance(header, dict) else ())
     if missing:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; expected a file written by Tokenizer.save")
     if header["format"] != FORMAT:
-        raise UserError(f"{path}: format {header['format']} is unknown, expected {FORMAT}; update gptdist")
+        raise UserError(f"{path}: format {header['format']!r} is unknown, expected {FORMAT}; update gptdist")
+    for name, kind, expected in (("name", str, "a string"), ("pattern", str, "a string"), ("hash", str, "a string"),
+                                 ("specials", dict, "an object of names and ids")):
+        if not isinstance(header[name], kind):
+            raise UserError(f"{path}: {name} is {str(header[name])[:40]!r}, expected {expected}; restore the file")
     return header
+
+
+def _check_parts(name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> None:
+    if EOT not in specials:
+        raise ValueError(f"tokenizer {name}: specials must have {EOT}, got {sorted(specials)}")
+    for token, i in [*ranks.items(), *specials.items()]:
+        if not token or not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_VOCAB:
+            raise ValueError(f"tokenizer {name}: token {token!r} has id {i!r}, expected a token of at least one byte "
+                             f"and an integer in [0, {MAX_VOCAB})")
+    if len({*ranks.values(), *specials.values()}) != len(ranks) + len(specials):
+        raise ValueError(f"tokenizer {name}: two tokens have the same id")
+    if not pattern or not isinstance(pattern, str):
+        raise ValueError(f"tokenizer {name}: pattern is {pattern!r}, expected a regular expression")
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid Unicode (it has lone surrogates, the first {text[error.start]!r} at "
+                        f"character {error.start}): was it UTF-8 where it came from?") from None
 
 
 def _safe_parts(text: str) -> Iterator[str]:

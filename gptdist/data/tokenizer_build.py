@@ -15,7 +15,15 @@ from pathlib import Path
 
 import tiktoken
 
-from gptdist.data.tokenizer import EOT, GPT2_PATTERN, Tokenizer, check_has_all_bytes, read_ranks
+from gptdist.data.tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    MAX_VOCAB,
+    Tokenizer,
+    check_has_all_bytes,
+    read_ranks,
+    tokenizer_from,
+)
 from gptdist.errors import UserError
 
 _EXPECTED = "expected bytes, gpt2, bpe:VOCAB (such as bpe:8192), or the path of a tokenizer"
@@ -87,7 +95,7 @@ def read_gpt2_files(directory: Path) -> Tokenizer:
     try:
         encoder = json.loads(encoder_path.read_text(encoding="utf-8"))
         merges = [line.split() for line in merges_path.read_text(encoding="utf-8").splitlines()[1:] if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory}: cannot read GPT-2's encoder.json and vocab.bpe ({error})") from error
     try:
         merged = [unicode_to_bytes(first + second) for first, second in merges]
@@ -99,7 +107,7 @@ def read_gpt2_files(directory: Path) -> Tokenizer:
     # tiktoken takes an id for the priority of its merge, so the two files must agree on the order.
     if [ranks.get(token) for token in merged] != list(range(256, 256 + len(merged))) or len(ranks) != len(merged) + 256:
         raise UserError(f"{encoder_path}: ids do not follow the merges of {merges_path.name}; use a matching pair")
-    return Tokenizer(name="gpt2", ranks=ranks, specials=specials or {EOT: len(ranks)})
+    return tokenizer_from(encoder_path, name="gpt2", ranks=ranks, specials=specials or {EOT: len(ranks)})
 
 
 def unicode_to_bytes(token: str) -> bytes:
@@ -118,15 +126,18 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 def _vocab_size(spec: str) -> int:
     text = spec.removeprefix("bpe:")
-    if not text.isascii() or not text.isdigit() or int(text) < 257:
-        raise UserError(f"tokenizer {spec!r}: expected bpe:VOCAB with VOCAB >= 257 (256 bytes and {EOT})")
+    if not text.isascii() or not text.isdigit() or len(text) > 8 or not 257 <= int(text) <= MAX_VOCAB:
+        raise UserError(
+            f"tokenizer {spec!r}: expected bpe:VOCAB with VOCAB from 257 (256 bytes and {EOT}) to {MAX_VOCAB}"
+        )
     return int(text)
 
 
 def _from_path(path: Path, pattern: str) -> Tokenizer:
     if path.is_file():
         ranks = read_ranks(path)
-        return Tokenizer(name=path.stem, ranks=ranks, specials={EOT: max(ranks.values()) + 1}, pattern=pattern)
+        specials = {EOT: max(ranks.values()) + 1}
+        return tokenizer_from(path, name=path.stem, ranks=ranks, specials=specials, pattern=pattern)
     if (path / "encoder.json").exists() or (path / "vocab.bpe").exists():
         return read_gpt2_files(path)
     for directory in (path, path / "tokenizer", path.parent / "tokenizer"):

@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +28,13 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
     An existing non-empty `path` is refused unless `overwrite`, and then only if it is a dataset (has meta.json or
     report.json). It is moved aside before the rename and put back should the rename fail; between the two renames
-    `path` does not exist for a moment. Every file is flushed to disk before the rename.
+    `path` does not exist for a moment. Every file is flushed to disk before the rename. What a
+    process of this host that was killed left beside `path` is removed first.
     """
     path = Path(os.path.abspath(path))
     _check_output(path, overwrite)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    _remove_leftovers(path)
+    temporary = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -224,9 +228,32 @@ def _check_output(path: Path, overwrite: bool) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{path}: exists and is not empty; choose another output, or ask to overwrite it")
+        raise UserError(f"{path}: exists and is not empty; choose another --output, or pass --overwrite")
     if not any((path / name).exists() for name in (META_NAME, "report.json")):
         raise UserError(f"{path}: is not a dataset (no {META_NAME} or report.json), so it is not overwritten")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary directories of `path` whose process ran on this host and is gone.
+
+    The host is in the name because process ids of another one, on a shared file system, mean nothing here. An old
+    dataset that was moved aside goes only if `path` is there: killed between the two renames, it is the only copy.
+    """
+    name = re.compile(rf"{re.escape(f'{path.name}.tmp-{socket.gethostname()}-')}(\d+)-[0-9a-f]{{8}}(\.old)?")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = name.fullmatch(entry.name)
+        if match and not _is_alive(int(match[1])) and (match[2] is None or path.is_dir()):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's process; no process id at all, so not ours to judge
+        return True
+    return True
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:
