@@ -207,7 +207,7 @@ def test_bad_starts_of_an_existing_run(dataset, finished, overrides, message):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["--data.path=nowhere"], "data.path=nowhere does not exist"),
     (["--data.path="], "data.path is empty"),
-    (["--model.context=1048576", "--train.tokens_per_step=1048576"], "expected at least context + 1"),
+    (["--model.context=1048576", "--train.tokens_per_step=1048576"], "expected at least model.context + 1 = 1048577"),
     (["--parallel.device=cuda"], "torch sees no GPU"),
 ])
 def test_bad_starts(dataset, tmp_path, overrides, message):
