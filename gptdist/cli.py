@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ Started again, it goes on from the run's newest complete checkpoint (checkpoint.
 PREPARE_HELP = """\
 Turn raw text into a dataset directory: clean, tokenize, split off held-out documents, write shards.
 
-  gptdist prepare --input embedded --output data/embedded --tokenizer bpe:2048
+  gptdist prepare --input embedded --output data/embedded --tokenizer bpe:512
   gptdist prepare --input 'corpus/*.txt' more.jsonl --output data/mine --tokenizer gpt2-files/"""
 
 GENERATE_HELP = """\
@@ -77,8 +78,8 @@ def _command(commands, name: str, run: Callable, help: str, description: str | N
     return parser
 
 
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint directory, or a run directory (its latest one)")
+def _add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("checkpoint", help=f"a checkpoint directory, or a run directory (its latest one){more}")
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of a run's checkpoints")
 
 
@@ -109,8 +110,9 @@ def _add_inspect(commands) -> None:
 
 
 def _add_verify(commands) -> None:
-    parser = _command(commands, "verify", run_verify, "check a checkpoint's checksums, keys, shapes, dtypes and values")
-    _add_checkpoint(parser)
+    parser = _command(commands, "verify", run_verify,
+                      "check a checkpoint's checksums, keys, shapes, dtypes and values, or a dataset's checksums")
+    _add_checkpoint(parser, "; or a prepared dataset or one of its splits")
 
 
 def _add_import(commands) -> None:
@@ -140,6 +142,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--data", help="prepared dataset directory (default: the one it was trained on)")
     parser.add_argument("--bigram", action="store_true", help="also the loss of a bigram model with its best smoothing")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -226,7 +229,6 @@ def run_prepare(args: argparse.Namespace) -> int:
 def run_generate(args: argparse.Namespace) -> int:
     import torch
 
-    from gptdist.checkpoint.layout import resolve
     from gptdist.checkpoint.restore import load_model
     from gptdist.generate import Generator, Sampling, few_shot_prompt, read_examples, read_prompts
 
@@ -238,14 +240,9 @@ def run_generate(args: argparse.Namespace) -> int:
         examples = read_examples(args.examples)
         prompts = [few_shot_prompt(examples, prompt, args.template) for prompt in prompts]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model, tokenizer, _ = load_model(resolve(args.checkpoint, args.which), device=_device(args.device), dtype=dtype,
-                                     verify=args.verify)
+    model, tokenizer, _ = load_model(_checkpoint(args), device=_device(args.device), dtype=dtype, verify=args.verify)
     generator = Generator(model, tokenizer)
-    for prompt in prompts:
-        n_tokens = len(tokenizer.encode(prompt))
-        if n_tokens > generator.context:
-            print(f"gptdist generate: a prompt has {n_tokens} tokens, the context {generator.context}: its last "
-                  f"{generator.context // 2} are used", file=sys.stderr)
+    _note_long_prompts(generator, prompts)
     if len(prompts) == 1 and not args.json:
         print(prompts[0], end="", flush=True)
         for text in generator.stream(prompts[0], sampling):
@@ -261,26 +258,58 @@ def run_generate(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _note_long_prompts(generator, prompts: list[str]) -> None:
+    context = generator.context
+    lengths = [n for prompt in prompts if (n := len(generator.tokenizer.encode(prompt))) > context]
+    if lengths:
+        prompts_have = "a prompt has" if len(lengths) == 1 else f"{len(lengths)} prompts have up to"
+        print(f"gptdist generate: {prompts_have} {max(lengths)} tokens, the context {context}: "
+              f"only the last {max(1, context // 2)} are used", file=sys.stderr)
+
+
+def _checkpoint(args: argparse.Namespace):
+    """The checkpoint directory that the command's arguments mean; a note on stderr where one was passed over.
+
+    Incomplete directories matter after the latest one, and anywhere for the best one, which any of them might be.
+    """
+    from pathlib import Path
+
+    from gptdist.checkpoint import layout
+
+    found = layout.resolve(args.checkpoint, args.which)
+    if found == Path(args.checkpoint):
+        return found
+    skipped = [(path, why) for path, why in layout.scan(found.parent)[1]
+               if args.which == "best" or layout.step_of(path) > layout.step_of(found)]
+    if skipped:
+        path, why = skipped[-1]
+        others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        print(f"gptdist {args.command}: using {found.name}, skipped {path.name}{others}: "
+              f"{why.removesuffix('; use another checkpoint')}", file=sys.stderr)
+    return found
+
+
 def _device(name: str) -> str:
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", name):
         raise UserError(f"--device {name} is not supported: use cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
         raise MissingError(f"--device {name}, but torch sees no GPU: see `gptdist doctor`, or use --device cpu")
+    n_devices = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= n_devices:
+        raise MissingError(f"--device {name}, but torch sees {n_devices} GPUs: use cuda:0 to cuda:{n_devices - 1}, "
+                           f"or cpu")
     return name
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from gptdist.checkpoint.layout import resolve
     from gptdist.evaluate.perplexity import evaluate_checkpoint
 
-    result = evaluate_checkpoint(resolve(args.checkpoint, args.which), args.data, device=_device(args.device),
-                                 bigram=args.bigram)
+    result = evaluate_checkpoint(_checkpoint(args), args.data, device=_device(args.device), bigram=args.bigram,
+                                 verify=args.verify)
     if args.json:
         print(json.dumps(result))
         return EXIT_DONE
@@ -307,7 +336,7 @@ def run_plot(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     from gptdist.checkpoint.inspect import describe, print_description
 
-    description = describe(args.checkpoint, args.which, verify=args.verify)
+    description = describe(str(_checkpoint(args)), verify=args.verify)
     if args.json:
         print(json.dumps(description))
     else:
@@ -318,16 +347,19 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from gptdist.checkpoint.layout import resolve
     from gptdist.checkpoint.verify_values import verify_values
     from gptdist.data.format import find_splits, verify
 
-    for split in find_splits(Path(args.checkpoint)):
+    path = Path(args.checkpoint)
+    splits = find_splits(path)
+    if not splits:
+        print(verify_values(_checkpoint(args)))
+        return EXIT_DONE
+    if path not in splits:  # a prepared dataset: its train/ has to be there, and a val/ has to be whole
+        splits = [path / "train", *([path / "val"] if (path / "val").exists() else [])]
+    for split in splits:
         verify(split)
         print(f"{split}: all right: every sha256, and all token ids are in the vocabulary")
-    if find_splits(Path(args.checkpoint)):
-        return EXIT_DONE
-    print(verify_values(resolve(args.checkpoint, args.which)))
     return EXIT_DONE
 
 
@@ -342,10 +374,9 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from gptdist.checkpoint.layout import resolve
     from gptdist.convert.exporter import export_model
 
-    print(export_model(resolve(args.checkpoint, args.which), args.output, format=args.format, dtype=args.dtype,
+    print(export_model(_checkpoint(args), args.output, format=args.format, dtype=args.dtype,
                        shard_size=args.shard_size))
     return EXIT_DONE
 

@@ -295,6 +295,7 @@ class Config:
         return self.train.tokens_per_step // self.model.context
 
 
+COMMAND_LINE = "command line"  # where a bad override comes from
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 
 
@@ -309,7 +310,7 @@ def to_yaml(config: Config) -> str:
 def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: list[str] = ()) -> Config:
     """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
     _check_keys(values, where)
-    return _parse(["--config", yaml.safe_dump(values), *_checked_overrides(list(overrides))], where)
+    return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(list(overrides)), where)
 
 
 def load(path: str | None, overrides: list[str] = ()) -> Config:
@@ -317,12 +318,12 @@ def load(path: str | None, overrides: list[str] = ()) -> Config:
 
     Raises UserError for a missing or malformed file, an unknown key (names the nearest) or an impossible value.
     """
-    arguments = []
+    file = []
     if path is not None:
         values = _read_yaml(path)
         _check_keys(values, path)
-        arguments += ["--config", path] if values else []
-    return _parse([*arguments, *_checked_overrides(list(overrides))], path or "command line")
+        file = ["--config", path] if values else []
+    return _parse(file, _checked_overrides(list(overrides)), path or COMMAND_LINE)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -372,7 +373,7 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
         if not key:
             raise UserError(f"unknown option {word!r}; overrides are written --section.key=value, "
                             f"sections: {', '.join(SECTIONS)}")
-        _check_keys({section: {key: None}}, "command line")
+        _check_keys({section: {key: None}}, COMMAND_LINE)
         if not equals:
             value = next(rest, None)
             if value is None:
@@ -392,24 +393,39 @@ def _parser() -> Any:
     return parser
 
 
-def _parse(arguments: list[str], where: str) -> Config:
+def _parse(file: list[str], overrides: list[str], where: str) -> Config:
+    """The Config of the arguments that stand for a file called `where`, and of checked overrides.
+
+    A message begins with `where`, or with "command line" where an override is at fault.
+    """
+    values = _typed_values([], file, where)
+    values = _typed_values(file, overrides, COMMAND_LINE) if overrides else values
+    try:
+        for name, section in SECTIONS.items():
+            _check_nulls(name, section, values[name])
+        return Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
+    except UserError as error:
+        overridden = {word[2:].partition("=")[0] for word in overrides}
+        named = set(re.findall(r"[a-z]+\.[a-z_0-9]+", str(error)))
+        raise UserError(f"{COMMAND_LINE if named & overridden else where}: {error}") from error
+
+
+def _typed_values(before: list[str], arguments: list[str], where: str) -> dict[str, dict[str, Any]]:
+    """All values after `before`, which is known to be good, and `arguments`, which `where` is to be blamed for."""
     from jsonargparse import ArgumentError
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            values = _parser().parse_args(arguments).as_dict()
+            return _parser().parse_args([*before, *arguments]).as_dict()
     except ArgumentError as error:
         raise UserError(f"{where}: {_plain_error(error)}") from error
-    for name, section in SECTIONS.items():
-        _check_nulls(name, section, values[name], where)
-    return Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
 
 
-def _check_nulls(name: str, section: type, values: dict[str, Any], where: str) -> None:
+def _check_nulls(name: str, section: type, values: dict[str, Any]) -> None:
     """jsonargparse lets null through for any type."""
     for key, hint in typing.get_type_hints(section).items():
         if values[key] is None and type(None) not in typing.get_args(hint):
-            raise UserError(f"{where}: {name}.{key} is null, expected {_type_name(hint)}")
+            raise UserError(f"{name}.{key} is null, expected {_type_name(hint)}")
 
 
 def _plain_error(error: Exception) -> str:

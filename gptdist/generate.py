@@ -39,7 +39,8 @@ class Sampling:
              f"temperature is {self.temperature}, expected 0 (greedy) or at least 0.001"),
             (self.top_k >= 0, f"top-k is {self.top_k}, expected 0 (off) or more"),
             (0 < self.top_p <= 1, f"top-p is {self.top_p}, expected 0 < p <= 1"),
-            (self.repetition_penalty > 0, f"repetition penalty is {self.repetition_penalty}, expected > 0"),
+            (1e-3 <= self.repetition_penalty <= 1e3,
+             f"repetition penalty is {self.repetition_penalty}, expected 1 (off), or 0.001 to 1000"),
             (all(self.stop), "a stop string is empty"),
             (0 <= self.seed < 2**40, f"seed is {self.seed}, expected 0 <= seed < 2^40"),
         )
@@ -260,10 +261,7 @@ def read_examples(path: str) -> list[dict[str, str]]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error.msg}") from error
+        value = _json_line(path, number, line)
         if not isinstance(value, dict) or not all(isinstance(value.get(k), str) for k in ("input", "output")):
             raise UserError(f"{path} line {number}: expected an object with the strings input and output")
         examples.append(value)
@@ -285,19 +283,24 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _json_prompt(path: str, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON: {error.msg}") from error
+    value = _json_line(path, number, line)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise UserError(f'{path} line {number}: expected a string or {{"prompt": "..."}}, got {line[:60]!r}')
     return prompt
 
 
-def _read_text(path: str) -> str:
+def _json_line(path: str, number: int, line: str) -> object:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError also: a number of thousands of digits
+        raise UserError(f"{path} line {number} is not JSON: {getattr(error, 'msg', error)}") from error
+
+
+def _read_text(path: str) -> str:
+    """A UTF-8 file as it is: a lone carriage return inside a line ends no line."""
+    try:
+        return Path(path).read_bytes().decode()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

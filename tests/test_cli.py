@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -92,8 +94,11 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["generate", "nowhere", "--prompt", "x"], "nowhere is not a directory"),
     (["generate", "{run}", "--prompt", "x", "--top-p", "2"], "top-p is 2.0"),
-    (["generate", "{run}", "--prompt", "x", "--device", "abacus"], "--device abacus is no device"),
+    (["generate", "{run}", "--prompt", "x", "--device", "abacus"], "--device abacus is not supported"),
     (["generate", "{run}", "--prompt", "x", "--device", "meta"], "--device meta is not supported"),
+    (["evaluate", "{run}", "--device", "mps"], "--device mps is not supported"),
+    (["generate", "{run}", "--prompt", "x", "--device", "cuda:-1"], "--device cuda:-1 is not supported"),
+    (["generate", "{run}", "--prompts-file", "nowhere.txt"], "cannot read nowhere.txt"),
     (["generate", "{run}", "--prompt", "x", "--temperature", "1e-45"], "temperature is 1e-45"),
     (["generate", "{run}", "--prompt", "\udcff"], "lone surrogates"),
     (["inspect", "."], "holds no complete step-* directory"),
@@ -101,12 +106,23 @@ def test_doctor(capsys):
     (["plot", "{data}"], "has no metrics.jsonl"),
     (["train", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
     (["train", "configs/quickstart.yaml", "--model.widht=3"], "did you mean 'width'?"),
+    (["train", "configs/quickstart.yaml", "--model.width=wide"], "command line: model.width is 'wide', expected int"),
+    (["train", "configs/quickstart.yaml", "--optim.lr=.inf"], "command line: optim.lr is inf"),
+    (["train", "configs/quickstart.yaml", "--model.n_heads=7"], "command line: model.n_heads=7 does not divide"),
+    (["train", "{tmp}/bad.yaml", "--optim.lr=1"], "bad.yaml: model.width is 'wide', expected int"),
+    (["train", "{tmp}/bad.yaml", "--model.width=64"], "bad.yaml: model.width is 'wide', expected int"),
+    (["config", "{tmp}/odd.yaml", "--optim.lr=1"], "odd.yaml: model.n_heads=5 does not divide model.width=256"),
+    (["config", "--model.rope_theta=0"], "command line: model.rope_theta is 0.0, expected > 0"),
+    (["config", "--model.norm_eps=-1e-5"], "command line: model.norm_eps is -1e-05, expected > 0"),
+    (["config", "--run.dir="], "command line: run.dir is empty"),
     (["prepare", "--input", "nowhere.txt", "--output", "{tmp}/o", "--tokenizer", "bytes"], "nowhere.txt"),
     (["prepare", "--input", "{binary}", "--output", "{tmp}/o", "--tokenizer", "bytes"], "binary"),
     (["prepare", "--input", "{binary}", "--output", "{tmp}/o", "--tokenizer", "abc"], "abc"),
 ])
 def test_user_errors_are_one_line_and_exit_code_2(argv, message, run, dataset, tmp_path, capsys):
     (tmp_path / "binary.txt").write_bytes(b"text\x00\x01\x02" * 100)
+    (tmp_path / "bad.yaml").write_text("model: {width: wide}")
+    (tmp_path / "odd.yaml").write_text("model: {n_heads: 5}")
     names = {"run": run, "data": dataset, "tmp": tmp_path, "binary": tmp_path / "binary.txt"}
     assert main([word.format(**names) for word in argv]) == 2
     error = capsys.readouterr().err
@@ -115,19 +131,85 @@ def test_user_errors_are_one_line_and_exit_code_2(argv, message, run, dataset, t
     assert not (tmp_path / "o").exists()
 
 
-def test_verify_of_a_dataset_and_a_checkpoint(run, dataset, tmp_path, capsys):
-    import shutil
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
+
+def test_verify_of_a_dataset_and_a_checkpoint(run, dataset, tmp_path, capsys):
     assert main(["verify", str(dataset)]) == 0
+    assert main(["verify", str(dataset / "val")]) == 0
     assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("all right") == 3  # train, val, checkpoint
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": all right")[0] for line in lines] == [
+        str(dataset / "train"), str(dataset / "val"), str(dataset / "val"), str(run / "checkpoints" / "step-00000002")]
     shutil.copytree(dataset, tmp_path / "bad")
-    shard = tmp_path / "bad" / "val" / "shard-00000.tokens.bin"
-    data = bytearray(shard.read_bytes())
-    data[0] ^= 1
-    shard.write_bytes(data)
+    flip_last_byte(tmp_path / "bad" / "val" / "shard-00000.tokens.bin")
     assert main(["verify", str(tmp_path / "bad")]) == 2
     assert "val/shard-00000.tokens.bin: sha256" in capsys.readouterr().err
+    for split in ("val", "train"):
+        (tmp_path / "bad" / split / "meta.json").unlink()
+        if split == "val":
+            assert main(["verify", str(tmp_path / "bad")]) == 2, "its val/ is there, but is no split"
+            assert "val: has no meta.json" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "bad")]) == 2
+
+
+def test_damaged_weights_are_not_used(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    flip_last_byte(tmp_path / "run" / "checkpoints" / "step-00000002" / "shard-00000.safetensors")
+    for argv in (["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "1"],
+                 ["evaluate", str(tmp_path / "run")]):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "step-00000002/shard-00000.safetensors is wrong" in error
+        assert error.count("\n") == 1
+        assert main([*argv, "--no-verify"]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_a_skipped_checkpoint_is_named(run, tmp_path, capsys):
+    """A later checkpoint that is incomplete is passed over, and one line says so."""
+    root = tmp_path / "run" / "checkpoints"
+    shutil.copytree(run, tmp_path / "run")
+    for argv in (["generate", "--prompt", "x", "--max-new-tokens", "1"], ["evaluate"], ["inspect"], ["verify"]):
+        shutil.copytree(root / "step-00000002", root / "step-00000004")
+        (root / "step-00000004" / "index.json").unlink()
+        argv.insert(1, str(tmp_path / "run"))
+        assert main(argv) == 0
+        note = capsys.readouterr().err
+        assert note.startswith(f"gptdist {argv[0]}: using step-00000002, skipped step-00000004: not a complete")
+        assert note.endswith("step-00000004: index.json: No such file or directory\n")
+        assert note.count("\n") == 1
+        (root / "step-00000004").rename(root / "step-00000001")
+        assert main(argv) == 0
+        argv[1] = str(root / "step-00000002")
+        assert main(argv) == 0
+        assert capsys.readouterr().err == "", "an earlier one does not matter, nor do others where one is given"
+        shutil.rmtree(root / "step-00000001")
+
+
+def test_long_prompts_are_noted_once(run, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("x" * 40 + "\nshort\n" + "y" * 50 + "\n")
+    argv = ["generate", str(run), "--max-new-tokens", "1", "--batch-size", "2"]
+    assert main([*argv, "--prompts-file", str(tmp_path / "p.txt")]) == 0
+    assert capsys.readouterr().err == ("gptdist generate: 2 prompts have up to 50 tokens, the context 32: "
+                                       "only the last 16 are used\n")
+    assert main([*argv, "--prompt", "z" * 33]) == 0
+    assert "a prompt has 33 tokens" in capsys.readouterr().err
+    assert main([*argv, "--prompt", "z" * 32]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_generate_does_not_depend_on_the_batch_size(run, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("one\ntwo and\nthree\n")
+    texts = []
+    for size in ("1", "2", "16"):
+        assert main(["generate", str(run), "--prompts-file", str(tmp_path / "p.txt"), "--max-new-tokens", "50",
+                     "--batch-size", size]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -142,6 +224,15 @@ def test_a_missing_device_is_exit_code_3(run, capsys):
         pytest.skip("a GPU is here")
     assert main(["generate", str(run), "--prompt", "x", "--device", "cuda"]) == 3
     assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_a_device_number_beyond_the_devices_is_exit_code_3(run, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["evaluate", str(run), "--device", "cuda:2"]) == 3
+    assert "--device cuda:2, but torch sees 2 GPUs: use cuda:0 to cuda:1" in capsys.readouterr().err
 
 
 def test_python_dash_m_returns_the_exit_code():

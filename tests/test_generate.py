@@ -77,19 +77,29 @@ def test_goes_on_past_the_context(tokenizer):
     assert whole[34] == likeliest(whole[17:34])
 
 
-def test_rows_do_not_depend_on_each_other_past_the_context(tokenizer):
-    gen = generator(tokenizer)
-    prompts = ["x" * 19, "hello there", "y" * 31]
-    sampling = Sampling(max_new_tokens=80, temperature=0)
-    together = gen.generate(prompts, sampling)
-    assert [c.tokens for c in together] == [gen.generate([p], sampling)[0].tokens for p in prompts]
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("options", [{}, {"positions": "rope", "n_kv_heads": 2}])
+def test_rows_do_not_depend_on_each_other_past_the_context(tokenizer, options, temperature):
+    """Every row alone (a batch of 1 keeps its seed) is what it is beside rows that fill up at other times."""
+    gen = generator(tokenizer, **options)
+    prompts = ["x" * 19, "hello there", "y" * 31, "a", "z" * 50, "w" * 32]
+    sampling = Sampling(max_new_tokens=100, temperature=temperature, seed=4)
+    alone = gen.generate(prompts, sampling, batch_size=1)
+    assert sum(len(c.tokens) > 32 for c in alone) >= 4, "most rows are drawn past the context"
+    for batch_size in (2, 3, len(prompts)):
+        assert gen.generate(prompts, sampling, batch_size=batch_size) == alone
 
 
 def test_the_batch_size_changes_nothing(tokenizer):
     gen = generator(tokenizer)
     prompts = ["a", "bc", "def", "g", "h" * 9]
     sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=2)
-    assert gen.generate(prompts, sampling, batch_size=2) == gen.generate(prompts, sampling)
+    alone = gen.generate(prompts, sampling, batch_size=1)
+    assert len({tuple(c.tokens) for c in alone}) == len(prompts)
+    for batch_size in (2, 4, 16):
+        assert gen.generate(prompts, sampling, batch_size=batch_size) == alone
+    with pytest.raises(UserError, match="batch size is 0"):
+        gen.generate(prompts, sampling, batch_size=0)
 
 
 def test_a_prompt_longer_than_the_context_is_cut_from_the_left(tokenizer):
@@ -167,10 +177,22 @@ def test_pages_are_given_back():
     assert cache.lengths.tolist() == [2]
 
 
+def test_the_smallest_temperature_and_largest_penalty_still_choose(tokenizer):
+    gen = generator(tokenizer)
+    sampling = Sampling(max_new_tokens=5, temperature=1e-3, repetition_penalty=1e3, top_p=1e-30)
+    gen.model.wte.weight.data *= 1e6  # logits of some millions
+    assert len(gen.generate(["ab"], sampling)[0].tokens) <= 5
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"temperature": -1}, "temperature is -1"), ({"top_p": 0}, "top-p is 0"), ({"top_k": -2}, "top-k is -2"),
     ({"max_new_tokens": 0}, "max new tokens is 0"), ({"stop": ("",)}, "a stop string is empty"),
-    ({"repetition_penalty": 0}, "repetition penalty is 0"), ({"seed": -1}, "seed is -1"),
+    ({"repetition_penalty": 0}, "repetition penalty is 0"),
+    ({"repetition_penalty": 1e-45}, "repetition penalty is 1e-45"),
+    ({"repetition_penalty": float("inf")}, "repetition penalty is inf"),
+    ({"temperature": 1e-45}, "temperature is 1e-45"), ({"temperature": float("nan")}, "temperature is nan"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"seed": -1}, "seed is -1"),
 ])
 def test_bad_sampling_is_named(options, message):
     with pytest.raises(UserError, match=message):
@@ -190,6 +212,10 @@ def test_prompt_and_example_files(tmp_path):
     assert read_prompts(str(tmp_path / "p.txt")) == ["one", "two"]
     (tmp_path / "p.jsonl").write_text('"one\\ntwo"\n{"prompt": "three"}\n')
     assert read_prompts(str(tmp_path / "p.jsonl")) == ["one\ntwo", "three"]
+    (tmp_path / "u.jsonl").write_text('"one\u2028two"\n"\x85"\r\n', encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / "u.jsonl")) == ["one\u2028two", "\x85"]
+    (tmp_path / "u.txt").write_bytes("a\u2028b\rc\r\n\r\nd".encode())
+    assert read_prompts(str(tmp_path / "u.txt")) == ["a\u2028b\rc", "d"]
     (tmp_path / "e.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
     assert read_examples(str(tmp_path / "e.jsonl")) == [{"input": "a", "output": "b"}]
 
@@ -199,7 +225,11 @@ def test_prompt_and_example_files(tmp_path):
     (read_prompts, "p.txt", b"\n", "holds no prompts"),
     (read_prompts, "p.txt", b"\xff\xfe", "is not UTF-8"),
     (read_prompts, "p.jsonl", b'"a"\n{bad', "line 2 is not JSON"),
+    (read_prompts, "p.jsonl", b'"a"\n\n \n{bad', "line 4 is not JSON"),
+    (read_prompts, "p.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    (read_prompts, "p.jsonl", b"9" * 5000, "line 1 is not JSON"),
     (read_prompts, "p.jsonl", b"3", "line 1: expected a string"),
+    (read_examples, "e.jsonl", b'\n\n{"input": "\xe2\x80\xa8", "output": "b"}\n{}', "line 4: expected an object"),
     (read_examples, "e.jsonl", b'{"input": "a"}', "line 1: expected an object with the strings input and output"),
     (read_examples, "e.jsonl", b"", "holds no examples"),
 ])

@@ -10,7 +10,7 @@ from rich.progress import track
 from gptdist.checkpoint.restore import load_model
 from gptdist.errors import UserError
 from gptdist.evaluate.bigram import bigram_loss, held_out_pairs
-from gptdist.tasks.pretrain import loss_sum, open_data, validation_batches
+from gptdist.tasks.pretrain import held_out_sums, open_data, validation_batches
 
 
 @torch.inference_mode()
@@ -33,14 +33,13 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, device: str = "cp
     def batches():
         return validation_batches(val, config, tokenizer)
 
-    total, count = 0.0, 0
     n_batches = -(-(len(val) - 1) // (config.model.context * config.eval.micro_batch))
     progress = Console(stderr=True)
-    for batch in track(batches(), "evaluate", n_batches, console=progress, disable=not progress.is_terminal):
-        total += loss_sum(model, batch, torch.device(device)).item()
-        count += int((batch.targets >= 0).sum())
-    loss = total / count
-    result = {"checkpoint": str(checkpoint), "data": path, "loss": loss, "perplexity": math.exp(loss), "targets": count}
+    shown = track(batches(), "evaluate", n_batches, console=progress, disable=not progress.is_terminal)
+    losses, count = held_out_sums(model, shown, torch.device(device)).tolist()
+    loss = losses / count if count else math.nan  # a loss mask may leave no target
+    result = {"checkpoint": str(checkpoint), "data": path, "loss": loss, "perplexity": math.exp(loss),
+              "targets": int(count)}
     if bigram:
         best = bigram_loss(train.window(0, len(train)), *held_out_pairs(batches()), tokenizer.vocab_size)
         result |= {"bigram_loss": best.loss, "bigram_smoothing": best.smoothing, "margin": best.loss - loss}

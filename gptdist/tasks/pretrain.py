@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,13 +53,11 @@ class Pretrain:
         """Mean validation loss in nats per token over all ranks; None without held-out data."""
         if self.val is None:
             return None
-        total = torch.zeros(2, dtype=torch.float64)  # loss sum, targets
+        batches = validation_batches(self.val, self.config, self.tokenizer, rank=self.world.rank,
+                                     world=self.world.size, max_tokens=self.config.eval.tokens or None)
         with strategy.evaluating():
-            for batch in validation_batches(self.val, self.config, self.tokenizer, rank=self.world.rank,
-                                            world=self.world.size, max_tokens=self.config.eval.tokens or None):
-                total[0] += self.loss(strategy, batch, None).double().cpu()
-                total[1] += int((batch.targets >= 0).sum())
-        losses, count = self.world.sum(total).tolist()
+            sums = held_out_sums(strategy, batches, self.world.device)
+        losses, count = self.world.sum(sums).tolist()
         return losses / count if count else math.nan
 
 
@@ -68,6 +66,15 @@ def loss_sum(model: Callable[..., Tensor], batch: Batch, device: torch.device,
     """Sum of a batch's token losses in nats, () fp32."""
     doc_start = None if batch.doc_start is None else batch.doc_start.to(device)
     return model(batch.tokens.to(device), batch.targets.to(device), dropout=dropout, doc_start=doc_start).sum()
+
+
+def held_out_sums(model: Callable[..., Tensor], batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """(sum of the token losses in nats, number of targets) over batches: (2,) fp64 on the CPU."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        sums[0] += loss_sum(model, batch, device).double().cpu()
+        sums[1] += int((batch.targets >= 0).sum())
+    return sums
 
 
 def validation_batches(val: TokenDataset, config: Config, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1,
