@@ -192,6 +192,8 @@ class ParallelConfig:
         "torch", "AdamW of an offloaded optimizer; deepspeed: its C++ CPUAdam, compiled at first use")
     deepspeed_config: str | None = _option(
         None, "zero1-3: DeepSpeed JSON laid over the derived one (`gptdist config CONFIG --deepspeed` prints it)")
+    tensor: int = _option(1, "fsdp, hsdp: processes that divide each layer among them (tensor parallelism); the others "
+                             "are data-parallel")
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto: cuda where a GPU is visible")
     reshard_after_forward: bool = _option(True, "fsdp: free the gathered weights of a block after its forward (ZeRO-3)")
     threads: int = _option(0, "CPU threads per process; 0: cores of this host / processes on it")
@@ -199,6 +201,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         self._check_sharding()
+        _require(self.tensor > 0, f"parallel.tensor is {self.tensor}, expected at least 1")
+        _require(self.tensor == 1 or self.strategy in ("auto", "fsdp", "hsdp"),
+                 f"parallel.tensor={self.tensor} needs parallel.strategy=fsdp or hsdp, got {self.strategy}")
         _require(self.threads >= 0, f"parallel.threads is {self.threads}, expected 0 or more")
         _require(self.timeout_s > 0, f"parallel.timeout_s is {self.timeout_s}, expected > 0")
 
@@ -289,6 +294,18 @@ class Config:
         _require(not (self.train.compile and self.parallel.strategy == "zero3"),
                  "train.compile=true with parallel.strategy=zero3: DeepSpeed's hooks around every module leave nothing "
                  "to compile; use fsdp, or train.compile=false")
+        self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        """Whatever parallel.tensor processes divide among them has equal parts."""
+        model, tensor = self.model, self.parallel.tensor
+        divided = {"model.context": model.context, "model.n_kv_heads (null: model.n_heads)": model.kv_heads,
+                   "the hidden width model.mlp_ratio x model.width": model.hidden}
+        if model.vocab_size is not None:
+            divided["model.vocab_size, rounded up to model.vocab_multiple,"] = model.padded_vocab
+        for name, size in divided.items():
+            _require(size % tensor == 0,
+                     f"parallel.tensor={tensor} does not divide {name} = {size}: change one of them")
 
     @property
     def sequences_per_step(self) -> int:

@@ -36,8 +36,39 @@ class Dropout:
     key: Tensor  # () int64: mixes the run's seed and the step
     sample_ids: Tensor  # (B,) int64: global sample numbers
 
-    def __call__(self, x: Tensor, site: int) -> Tensor:
-        return ops.dropout(x, self.p, key=self.key, sample_ids=self.sample_ids, site=site)
+    def __call__(self, x: Tensor, site: int, *, first_position: int = 0) -> Tensor:
+        return ops.dropout(x, self.p, key=self.key, sample_ids=self.sample_ids, site=site, row_offset=first_position)
+
+
+class Whole:
+    """One process computes everything. parallel/tensor.py divides the work over processes behind the same methods.
+
+    Each then has a share of the heads, hidden units and vocabulary, and between the matrix products a share of the
+    positions: x is (B, T, C) below where all positions are wanted, (B, T_own, C) where this process's own are.
+    """
+
+    rank = 0  # of the processes that share heads and positions, this one's number
+
+    def embed(self, wte: nn.Embedding, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T_own, C)."""
+        return wte(tokens)
+
+    def own(self, positions: Tensor) -> Tensor:
+        """(..., T) -> (..., T_own)."""
+        return positions
+
+    def enter(self, x: Tensor) -> Tensor:
+        """(B, T_own, C) -> (B, T, C), for a product with this process's rows of a weight."""
+        return x
+
+    def leave(self, x: Tensor, proj: nn.Linear) -> Tensor:
+        """x (B, T, this process's columns of `proj`) -> proj(x) (B, T_own, C), summed over the processes."""
+        return proj(x)
+
+    def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int,
+                             ignore_index: int) -> Tensor:
+        """As ops.linear_cross_entropy, for this process's rows of `weight`."""
+        return ops.linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, ignore_index=ignore_index)
 
 
 class Cache(Protocol):
@@ -53,10 +84,17 @@ class Cache(Protocol):
 class Context:
     """What every block gets besides the hidden states."""
 
+    parallel: Whole
     rope: tuple[Tensor, Tensor] | None = None  # cos, sin
     dropout: Dropout | None = None
     doc_start: Tensor | None = None  # (B, T) int32
     cache: Cache | None = None
+
+    def drop(self, x: Tensor, site: int) -> Tensor:
+        """Dropout on the residual stream's x (B, T_own, C); x itself where there is none."""
+        if self.dropout is None:
+            return x
+        return self.dropout(x, site, first_position=self.parallel.rank * x.shape[1])
 
 
 class LayerNorm(nn.Module):
@@ -83,14 +121,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.kv_heads, self.head_dim = config.kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         self.slots = config.n_heads // config.kv_heads + 2  # G queries, k, v
-        self.qkv = nn.Linear(config.width, self.kv_heads * self.slots * self.head_dim, bias=config.has_qkv_bias)
+        self.qkv = nn.Linear(config.width, config.kv_heads * self.slots * self.head_dim, bias=config.has_qkv_bias)
         self.proj = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context, site: int) -> Tensor:
+        parallel = context.parallel
+        x = parallel.enter(x)
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, self.kv_heads, self.slots, self.head_dim)  # (B, T, Hkv, G+2, D)
+        qkv = self.qkv(x).unflatten(-1, (-1, self.slots, self.head_dim))  # (B, T, Hkv, G+2, D), this process's heads
         if context.rope is not None:
             qkv = ops.rope(qkv, *context.rope)
         if context.cache is not None:
@@ -98,9 +138,10 @@ class Attention(nn.Module):
         else:
             drop = context.dropout
             masked = {} if drop is None else dict(
-                dropout_p=drop.p, key=drop.key, sample_ids=drop.sample_ids, site=site)
+                dropout_p=drop.p, key=drop.key, sample_ids=drop.sample_ids, site=site,
+                head_offset=parallel.rank * qkv.shape[2] * (self.slots - 2))
             out = ops.attention(qkv, doc_start=context.doc_start, **masked)
-        return self.proj(out.reshape(B, T, -1))  # (B, T, Hkv, G, D) -> (B, T, C)
+        return parallel.leave(out.reshape(B, T, -1), self.proj)  # (B, T, Hkv, G, D) -> (B, T, C)
 
     def _attend_cache(self, qkv: Tensor, cache: Cache) -> Tensor:
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
@@ -114,9 +155,9 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.width, config.hidden, bias=config.bias)
         self.proj = nn.Linear(config.hidden, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.fc.weight)  # the bias joins the GELU: one pass over memory less
-        return self.proj(ops.bias_gelu(hidden, self.fc.bias))
+    def forward(self, x: Tensor, parallel: Whole) -> Tensor:
+        hidden = F.linear(parallel.enter(x), self.fc.weight)  # the bias joins the GELU: one pass over memory less
+        return parallel.leave(ops.bias_gelu(hidden, self.fc.bias), self.proj)
 
 
 class Block(nn.Module):
@@ -139,13 +180,11 @@ class Block(nn.Module):
         return self._body(x, context)
 
     def _body(self, x: Tensor, context: Context) -> Tensor:
-        drop, site = context.dropout, 3 * self.layer
+        site = 3 * self.layer
         branch = self.attn(self.ln_1(x), context, site + 1)
-        branch = branch if drop is None else drop(branch, site + 2)
-        normed, x = self.ln_2.add(branch, x)
-        branch = self.mlp(normed)
-        branch = branch if drop is None else drop(branch, site + 3)
-        return x + branch
+        normed, x = self.ln_2.add(context.drop(branch, site + 2), x)
+        branch = self.mlp(normed, context.parallel)
+        return x + context.drop(branch, site + 3)
 
 
 class GPT(nn.Module):
@@ -154,6 +193,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.parallel = Whole()
         self.wte = nn.Embedding(config.padded_vocab, config.width)
         self.wpe = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -166,24 +206,24 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, *, dropout: Dropout | None = None, doc_start: Tensor | None = None,
                cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> hidden states (B, T, C) after the final norm.
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the final norm, of all positions.
 
         doc_start (B, T) int32: first position each position may attend to. With a cache the tokens continue its rows.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-        x = self.wte(tokens)
+        x = self.parallel.embed(self.wte, tokens)
         rope = None
         if self.wpe is not None:
-            x = x + self.wpe(positions)
+            x = x + self.wpe(self.parallel.own(positions))
         else:
             rope = ops.rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x = x if dropout is None else dropout(x, 0)
-        context = Context(rope=rope, dropout=dropout, doc_start=doc_start, cache=cache)
+        context = Context(self.parallel, rope=rope, dropout=dropout, doc_start=doc_start, cache=cache)
+        x = context.drop(x, 0)
         for block in self.blocks:
             x = block(x, context)
-        return self.ln_f(x)
+        return self.parallel.enter(self.ln_f(x))
 
     forward = hidden
 
@@ -203,7 +243,7 @@ class LanguageModel(GPT):
                 doc_start: Tensor | None = None) -> Tensor:
         """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE."""
         hidden = self._compute_dtype(self.hidden(tokens, dropout=dropout, doc_start=doc_start))
-        losses = ops.linear_cross_entropy(
+        losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE)
         return losses.view_as(targets).clone()  # FSDP's hooks want an output that is not a view

@@ -208,10 +208,11 @@ class Trainer:
     def _announce(self, source: tuple[str, Path] | None) -> None:
         config, world = self.config, self.world
         n = self.strategy.n_parameters
+        tensor = f" x tensor parallel {config.parallel.tensor}" if config.parallel.tensor > 1 else ""
         start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
         self.console.print(
-            f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy} on {world.size} x "
-            f"{world.device.type}, {config.train.precision}; {config.sequences_per_step} x {config.model.context} "
+            f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy}{tensor} on "
+            f"{world.size} x {world.device.type}, {config.train.precision}; {config.sequences_per_step} x {config.model.context} "
             f"tokens per step; {self.task.source.n_samples} windows per epoch; {start}")
         self._flops_per_token = flops_per_token(config.model, n)
 

@@ -11,6 +11,7 @@ from .decode_attention import decode_attention
 from .dropout import dropout
 from .grad_norm import grad_norm
 from .layer_norm import layer_norm, residual_layer_norm
+from .linear_logsumexp import linear_logsumexp
 from .random import dropout_key
 from .rope import rope, rope_tables
 
@@ -24,6 +25,7 @@ __all__ = [
     "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_logsumexp",
     "residual_layer_norm",
     "rope",
     "rope_tables",

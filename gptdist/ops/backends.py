@@ -21,6 +21,7 @@ OPS = (
     "bias_gelu",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_logsumexp",
     "dropout",
     "rope",
     "grad_norm",

@@ -21,6 +21,7 @@ from gptdist import ops
 from gptdist.config import Config
 from gptdist.optim.adamw import slots
 from gptdist.parallel.init import fill_initial_values
+from gptdist.parallel.tensor import is_replicated, shard_tensors
 from gptdist.parallel.world import World
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -89,9 +90,13 @@ class Strategy:
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradient, () fp32 on the device."""
-        grads = [_local(p.grad) for _, p in self.trainable() if p.grad is not None]
+        grads = [_local(p.grad) for p in self._norm_parameters() if p.grad is not None]
         self._norm = self._combine_norm(ops.grad_norm(grads))
         return self._norm
+
+    def _norm_parameters(self) -> list[nn.Parameter]:
+        """Those whose local gradients this rank counts in the norm."""
+        return [p for _, p in self.trainable()]
 
     def _combine_norm(self, local: Tensor) -> Tensor:
         return local
@@ -166,6 +171,8 @@ class DDP(Strategy):
 class FSDP(Strategy):
     """FSDP2: every parameter, gradient and optimizer slot is sharded over its first dimension.
 
+    With parallel.tensor > 1 tensor.py has divided the layers before, and FSDP2 shards what each rank got.
+
     Gradients are reduced in every micro-batch, so that no rank keeps an unsharded gradient while accumulating.
     """
 
@@ -173,6 +180,8 @@ class FSDP(Strategy):
         policy = MixedPrecisionPolicy()
         if self.config.train.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if self.world.tensor > 1:
+            shard_tensors(model, self.world.mesh["tp"])
         options = dict(mesh=self._mesh(), mp_policy=policy)
         for block in model.blocks:
             fully_shard(block, reshard_after_forward=self.config.parallel.reshard_after_forward, **options)
@@ -185,11 +194,18 @@ class FSDP(Strategy):
         return contextlib.nullcontext()  # the mixed precision policy casts
 
     def _averages_over(self) -> int:
-        return self.world.size
+        return self.world.dp_size
+
+    def _norm_parameters(self) -> list[nn.Parameter]:
+        parameters = super()._norm_parameters()
+        if self.world.rank % self.world.tensor == 0:
+            return parameters
+        return [p for p in parameters if not is_replicated(p)]  # the group's first rank has them
 
     def _combine_norm(self, local: Tensor) -> Tensor:
         squared = local.double() ** 2
-        dist.all_reduce(squared, group=self.world.mesh["dp_shard"].get_group())
+        for dimension in ("dp_shard", "tp"):
+            dist.all_reduce(squared, group=self.world.mesh[dimension].get_group())
         return squared.sqrt().float()
 
     @contextlib.contextmanager

@@ -39,18 +39,34 @@ class World:
     device: torch.device
     strategy: str
     mesh: DeviceMesh | None
+    tensor: int = 1  # consecutive ranks that divide each layer and work on the same batches
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dp_rank(self) -> int:
+        """Which share of every batch is this rank's."""
+        return self.rank // self.tensor
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tensor
+
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks, returned on the CPU; integers stay exact."""
+        """Sum of a tensor over the data-parallel ranks, returned on the CPU; integers stay exact.
+
+        Tensor-parallel ranks have the same values, which count once. An integer that only some of them have, such as
+        a signal that one received, is rounded up.
+        """
         if self.mesh is None:
             return values.cpu()
         values = values.to(self.device)
         dist.all_reduce(values)
-        return values.cpu()
+        if values.is_floating_point():
+            return (values / self.tensor).cpu()
+        return -(-values // self.tensor).cpu()
 
     def barrier(self) -> None:
         if self.mesh is not None:
@@ -69,12 +85,15 @@ def init_world(config: ParallelConfig) -> World:
         raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp")
     device = _device(config.device, local_rank)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    tensor = config.tensor
+    if size % tensor:
+        raise UserError(f"parallel.tensor={tensor} does not divide the {size} processes that were started")
     if strategy == "single":
         return World(rank, size, device, strategy, None)
     _join(device, rank, size, config.timeout_s)
-    shard = size // _replicas(config, strategy, size, local_size)
-    mesh = init_device_mesh(device.type, (1, size // shard, shard, 1, 1), mesh_dim_names=MESH_DIMS)
-    return World(rank, size, device, strategy, mesh)
+    replicas = _replicas(config, strategy, size, local_size)
+    mesh = init_device_mesh(device.type, (1, replicas, size // replicas // tensor, 1, tensor), mesh_dim_names=MESH_DIMS)
+    return World(rank, size, device, strategy, mesh, tensor)
 
 
 def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int) -> int:
@@ -84,8 +103,9 @@ def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int)
     if strategy != "hsdp":
         return 1
     replicas = config.replicas or size // local_size
-    if size % replicas:
-        raise UserError(f"parallel.replicas={replicas} does not divide the {size} processes that were started")
+    if size % (replicas * config.tensor):
+        times = "" if config.tensor == 1 else f" x parallel.tensor={config.tensor}"
+        raise UserError(f"parallel.replicas={replicas}{times} does not divide the {size} processes that were started")
     return replicas
 
 

@@ -36,7 +36,7 @@ class Pretrain:
         self.dataset_id = hashlib.sha256((Path(config.data.path) / "train" / "meta.json").read_bytes()).hexdigest()
         self.source = PretrainSource(
             train, context=config.model.context, sequences_per_step=config.sequences_per_step,
-            micro_batch=config.train.micro_batch, rank=world.rank, world=world.size, seed=config.run.seed,
+            micro_batch=config.train.micro_batch, rank=world.dp_rank, world=world.dp_size, seed=config.run.seed,
             shuffle=config.data.shuffle, document_mask=config.data.document_mask, eot=self.tokenizer.eot,
             skipped=config.data.skip)
 
@@ -53,8 +53,8 @@ class Pretrain:
         """Mean validation loss in nats per token over all ranks; None without held-out data."""
         if self.val is None:
             return None
-        batches = validation_batches(self.val, self.config, self.tokenizer, rank=self.world.rank,
-                                     world=self.world.size, max_tokens=self.config.eval.tokens or None)
+        batches = validation_batches(self.val, self.config, self.tokenizer, rank=self.world.dp_rank,
+                                     world=self.world.dp_size, max_tokens=self.config.eval.tokens or None)
         with strategy.evaluating():
             sums = held_out_sums(strategy, batches, self.world.device)
         losses, count = self.world.sum(sums).tolist()
