@@ -3,9 +3,9 @@
     python -m benchmarks.checkpoint [--megabytes 1000] [--worlds 1 2 4] [--rounds 5] [--directory DIR]
 
 One state of DTensors is divided over each number of ranks. A round is: `dd conv=fsync` of as many bytes, a save in the
-foreground, one in the background (the time that training waits, and the time until it is published), `dd` reading its
-file, a load without and one with checking every sha256 first; files leave the page cache before they are read. Rounds
-alternate so that a drifting disk meets all alike. MB/s and ratios to dd are medians; the aim is 70% of dd.
+foreground, one in the background (the time that training waits, and the time until it is published), in rotating
+order; then `dd` reading its file, a load without and one with checking every sha256 first, none of the files being in
+the page cache. MB/s and ratios to dd are medians; the aim is 70% of dd.
 """
 
 import argparse
@@ -63,33 +63,36 @@ def on_main(do: Callable[[], object]) -> None:
     dist.barrier()
 
 
-def dd(*words: str) -> float:
-    """Seconds that `dd bs=16M` takes, run by the main rank."""
-    def run() -> None:
-        if dist.get_rank() == 0:
-            subprocess.run(["dd", "bs=16M", "status=none", *words], check=True)
-
-    return timed(run)
+def dd(*words: str) -> None:
+    subprocess.run(["dd", "bs=16M", "status=none", *words], check=True)
 
 
 def one_round(root: Path, state: dict[str, DTensor], saver: Saver, number: int, n_bytes: int) -> list[float]:
     """Seconds of each of COLUMNS."""
-    reference, saved = root / "dd", root / f"step-{2 * number:08d}"
-    seconds = [dd("if=/dev/zero", f"of={reference}", "conv=fsync", f"count={n_bytes}", "iflag=count_bytes")]
-    seconds.append(timed(lambda: checkpoint.save(root, 2 * number, state)))
-    started = time.perf_counter()
-    seconds.append(timed(lambda: saver.save(2 * number + 1, state, {}, background=True)))
-    saver.wait()
-    dist.barrier()
-    seconds.append(time.perf_counter() - started)
-    on_main(lambda: forget(reference))
-    seconds.append(dd(f"if={reference}", "of=/dev/null"))
-    on_main(lambda: forget(saved))
-    seconds.append(timed(lambda: checkpoint.load(saved, state)))
-    on_main(lambda: forget(saved))
-    seconds.append(timed(lambda: (checkpoint.verify_together(saved), checkpoint.load(saved, state))))
-    on_main(lambda: [shutil.rmtree(path) for path in root.glob("step-*")])
-    return seconds
+    reference, saved, published = root / "dd", root / f"step-{2 * number:08d}", root / f"step-{2 * number + 1:08d}"
+    seconds = {}
+
+    def in_background() -> None:
+        seconds["async wait"] = timed(lambda: saver.save(2 * number + 1, state, {}, background=True))
+        saver.wait()
+
+    writes = [
+        ("dd write", lambda: on_main(lambda: dd("if=/dev/zero", f"of={reference}", "conv=fsync", f"count={n_bytes}",
+                                                "iflag=count_bytes"))),
+        ("save", lambda: checkpoint.save(root, 2 * number, state)),
+        ("async published", in_background),
+    ]
+    for i in range(len(writes)):  # each comes first, second and last in turn: a disk slows down while it is written to
+        name, write = writes[(number + i) % len(writes)]
+        on_main(os.sync)
+        seconds[name] = timed(write)
+    on_main(lambda: [forget(path) for path in (reference, saved, published)])
+    seconds["dd read"] = timed(lambda: on_main(lambda: dd(f"if={reference}", "of=/dev/null")))
+    seconds["load"] = timed(lambda: checkpoint.load(saved, state))
+    seconds["verify+load"] = timed(lambda: (checkpoint.verify_together(published), checkpoint.load(published, state)))
+    on_main(lambda: [shutil.rmtree(path) for path in (saved, published)])
+    on_main(reference.unlink)
+    return [seconds[name] for name in COLUMNS]
 
 
 def work(root: Path, megabytes: int, rounds: int) -> None:
@@ -126,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=1000, help="of the whole state (default: %(default)s)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--directory", help="on the file system to measure (default: the temporary directory's)")
     options = parser.parse_args()
     if "RANK" in os.environ:

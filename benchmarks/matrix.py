@@ -48,9 +48,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "zero1": (("--parallel.strategy=zero1",), (1, 2, 4)),
     "zero2": (("--parallel.strategy=zero2",), (1, 2, 4)),
     "zero3": (("--parallel.strategy=zero3",), (1, 2, 4)),
+    "tp2": (("--parallel.strategy=fsdp", "--parallel.tensor=2"), (2, 4)),  # at 4: x 2 FSDP shards
     "hsdp": (("--parallel.strategy=hsdp", "--parallel.replicas=2"), (2, 4)),
 }
-DEFAULT = ("single", "fsdp", "zero1", "zero2", "zero3")
+DEFAULT = ("single", "fsdp", "tp2", "zero1", "zero2", "zero3")
 
 
 def settings(names: list[str], worlds: list[int]) -> list[Setting]:

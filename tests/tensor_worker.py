@@ -1,6 +1,6 @@
 """Started by torchrun once per world size: every tensor-parallel case in one process group.
 
-Usage: torchrun --nproc-per-node W tests/tensor_worker.py DATA OUT
+Usage: torchrun --nproc-per-node W tests/tensor_worker.py DATA OUT [long]
 """
 
 import math
@@ -45,6 +45,10 @@ RUNS = {
 }
 # One run goes on as: single to step 5, then these at worlds 2 and 4, then single to step 20.
 CHAIN = {2: [(TP2, 9), (FSDP, 12)], 4: [(TP2, 16)]}
+
+
+def long_cases(data: Path, out: Path) -> None:
+    run_tiny(data, out / "compiled-tp2", *MODELS["tied"], *TP2, "--train.compile=true")
 
 
 def main(data: Path, out: Path) -> None:
@@ -110,7 +114,7 @@ def check_sum() -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        (long_cases if sys.argv[3:] == ["long"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -44,6 +44,13 @@ def test_a_run_goes_on_however_it_is_divided(runs):
     assert_same_curve(train_rows(runs / "chain"), train_rows(runs / "chain-single"))
 
 
+@pytest.mark.long
+def test_compiled_blocks_give_the_same_curve(runs, dataset):
+    done = torchrun(2, "tests/tensor_worker.py", str(dataset), str(runs), "long")
+    assert done.returncode == 0, done.stderr[:6000]
+    assert_same_curve(train_rows(runs / "compiled-tp2"), train_rows(runs / "tied-single"))
+
+
 def config(**fields):
     overrides = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items()]
     return config_module.load(None, ["--parallel.strategy=fsdp", *overrides])

@@ -63,8 +63,9 @@ def main(data: Path, out: Path) -> None:
                      f"--checkpoint.resume={out / f'{saved}-2' / 'checkpoints' / layout.step_name(8)}")
         run_tiny(data, out / "init-2", "--parallel.strategy=zero2", "--train.steps=2", "--schedule.warmup_steps=0",
                  f"--checkpoint.init_from={out / 'zero3-2'}", *DROPOUT)
-        for strategy in ("zero1", "zero2", "zero3"):
+        for strategy in ("zero1", "zero2", "zero3", "ddp", "fsdp"):
             check_frozen_and_discarded(out, strategy)
+        check_frozen_and_discarded(out, "fsdp", "--parallel.tensor=2")
         check_discarded(out, "--parallel.strategy=zero1", "--train.precision=bf16")
         check_discarded(out, "--parallel.strategy=zero2", *OFFLOAD)
         check_discarded(out, "--parallel.strategy=zero3", *OFFLOAD)
@@ -97,9 +98,9 @@ def check_discarded(out: Path, *overrides: str) -> None:
     assert losses[0] == losses[1], f"{overrides}: {losses}"
 
 
-def check_frozen_and_discarded(out: Path, name: str) -> None:
+def check_frozen_and_discarded(out: Path, name: str, *overrides: str) -> None:
     """Frozen parameters, two micro-batches a step, a step thrown away: as on one process, down to the checkpoint."""
-    config = small_config(out, f"--parallel.strategy={name}")
+    config = small_config(out, f"--parallel.strategy={name}", *overrides)
     world = init_world(config.parallel)
     single = Single(World(0, 1, world.device, "single", None), config)
     sharded = make_strategy(world, config)
@@ -112,7 +113,7 @@ def check_frozen_and_discarded(out: Path, name: str) -> None:
         losses = [take_step(strategy, step, discard=step == 1) for strategy in (single, sharded)]
         for a, b in zip(*losses, strict=True):
             assert abs(a - b) < 1e-5, f"{name}, step {step}: {losses}"
-    path = store.save(out / f"frozen-{name}", 3, sharded.state(), {})
+    path = store.save(out / f"frozen-{name}{''.join(overrides)}", 3, sharded.state(), {})
     saved = store.load_tensors(path)
     wanted = single.state()
     assert saved.keys() == wanted.keys()
@@ -125,7 +126,7 @@ def take_step(strategy: Strategy, step: int, discard: bool) -> list[float]:
     """[this process's loss sum or the global one's share, gradient norm] of one step on 8 sequences over all ranks."""
     world = strategy.world
     sequences = torch.randint(0, 300, (8, 17), generator=torch.Generator().manual_seed(step))
-    rows = sequences.chunk(world.size)[world.rank]
+    rows = sequences.chunk(world.dp_size)[world.dp_rank]
     total = torch.zeros((), dtype=torch.float64)
     micro_batches = rows.chunk(2)
     for i, rows in enumerate(micro_batches):

@@ -72,13 +72,16 @@ def _write_all(fd: int, view: memoryview) -> None:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """The size and sha256 of an existing file."""
-    digest, size = hashlib.sha256(), 0
-    with naming(path), open(path, "rb", buffering=0) as f:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+    """The size and sha256 of an existing file. One block is read while another is hashed."""
+    digest, size, hashed = hashlib.sha256(), 0, None
+    with naming(path), open(path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as hasher:
+        buffer, other = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
         while n := f.readinto(buffer):
-            digest.update(buffer[:n])
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, buffer[:n])
             size += n
+            buffer, other = other, buffer
     return FileRecord(size, digest.hexdigest())
 
 

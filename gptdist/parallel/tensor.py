@@ -39,8 +39,9 @@ def shard_tensors(model: GPT, mesh: DeviceMesh) -> None:
         for name in names:
             placement = placement_of(f"{prefix}.{name}")
             # Without a source rank each process takes its own part: nothing is sent.
-            part = distribute_tensor(getattr(module, name), mesh, [placement], src_data_rank=None)
-            setattr(module, name, nn.Parameter(part))
+            whole = getattr(module, name)
+            part = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+            setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         if names:
             _read_locally(module)
 
