@@ -41,7 +41,7 @@ EXTRAS = {
     "serve": ["fastapi", "uvicorn"],
     "data": ["pyarrow"],
     "convert": ["gguf>=0.17"],
-    "test": ["pytest", "hypothesis", "transformers>=4.45", "gguf>=0.17", "ruff"],
+    "test": ["pytest", "hypothesis", "transformers>=4.45", "peft>=0.13", "gguf>=0.17", "ruff"],
 }
 
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI the library may use

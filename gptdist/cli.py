@@ -21,7 +21,27 @@ Train a GPT from scratch. The configuration is a YAML file; every value can be o
                         -m gptdist train configs/quickstart.yaml
   DeepSpeed's launcher  deepspeed --num_gpus N --module gptdist train configs/quickstart.yaml
 
-Started again, it goes on from the run's newest complete checkpoint (checkpoint.resume)."""
+Started again, it goes on from the run's newest complete checkpoint (checkpoint.resume). A configuration of another
+task, such as fine-tuning, runs as well."""
+
+FINETUNE_HELP = """\
+Fine-tune a model on examples, usually from a pretrained one (checkpoint.init_from: a checkpoint, a run's directory or
+an imported model), whose architecture and tokenizer are taken. The configuration's task.name says what is learned:
+
+  classify   a label for each text       gptdist finetune configs/classify-debug.yaml
+  instruct   answers to instructions
+  dpo        preferred answers
+
+Everything else is as in `gptdist train`, the launchers too:
+
+  torchrun --nproc-per-node N -m gptdist finetune configs/classify-debug.yaml
+  deepspeed --num_gpus N --module gptdist finetune configs/classify-debug.yaml --parallel.strategy=zero2"""
+
+CLASSIFY_HELP = """\
+Label texts with a classifier that `gptdist finetune` trained (task.name=classify).
+
+  gptdist classify runs/classify-spam --text "You have won a prize, call now"
+  gptdist classify runs/classify-spam --file messages.txt --json       (a text a line; .csv, .tsv, .jsonl by field)"""
 
 PREPARE_HELP = """\
 Turn raw text into a dataset directory: clean, tokenize, split off held-out documents, write shards.
@@ -36,6 +56,13 @@ Continue prompts with a trained model.
   gptdist generate runs/quickstart --prompts-file prompts.txt --json
   gptdist generate runs/quickstart --examples shots.jsonl --prompt "query"     (few-shot)"""
 
+CHAT_HELP = """\
+Talk with a model that was fine-tuned for instructions. On a terminal: /help lists the commands, Ctrl-C stops an answer,
+Ctrl-D leaves. Over a pipe every line is a message, and the answers go to stdout.
+
+  gptdist chat runs/instruct
+  echo "What does shutil.copyfile do?" | gptdist chat runs/instruct --temperature 0"""
+
 IMPORT_HELP = """\
 Turn another program's GPT-2 into a checkpoint: weights and tokenizer, no optimizer (train on with
 checkpoint.init_from). Nothing is downloaded, and no code in a file is run.
@@ -48,7 +75,10 @@ EXPORT_HELP = """\
 Write a checkpoint in another program's format.
 
   gptdist export runs/quickstart --format hf --output exported/                     (transformers)
-  gptdist export runs/quickstart --format gguf --dtype fp16 --output model.gguf     (llama.cpp)"""
+  gptdist export runs/quickstart --format gguf --dtype fp16 --output model.gguf     (llama.cpp)
+  gptdist export runs/lora --format peft --output adapter/                          (peft)
+
+Adapters (lora.rank above 0) are merged into the weights; peft's format has them alone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_prepare(commands)
     _add_train(commands)
+    _add_finetune(commands)
     _add_generate(commands)
+    _add_chat(commands)
+    _add_classify(commands)
     _add_evaluate(commands)
     _add_plot(commands)
     _add_inspect(commands)
@@ -86,6 +119,25 @@ def _add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
 def _add_train(commands) -> None:
     parser = _command(commands, "train", run_train, "train a GPT from scratch", TRAIN_HELP)
     parser.add_argument("config", help="YAML configuration")
+
+
+def _add_finetune(commands) -> None:
+    parser = _command(commands, "finetune", run_finetune, "fine-tune a model: labels, instructions, preferences",
+                      FINETUNE_HELP)
+    parser.add_argument("config", help="YAML configuration")
+
+
+def _add_classify(commands) -> None:
+    parser = _command(commands, "classify", run_classify, "label texts with a trained classifier", CLASSIFY_HELP)
+    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", action="append", help="a text (repeatable)")
+    source.add_argument("--file", help="texts, one a line; .csv, .tsv, .jsonl: those of --text-field")
+    parser.add_argument("--text-field", default="text", help="column or JSON field of the text (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+    parser.add_argument("--json", action="store_true", help="a JSON object a text, with all probabilities")
 
 
 def _add_config(commands) -> None:
@@ -130,10 +182,13 @@ def _add_import(commands) -> None:
 def _add_export(commands) -> None:
     parser = _command(commands, "export", run_export, "write a checkpoint in another program's format", EXPORT_HELP)
     _add_checkpoint(parser)
-    parser.add_argument("--format", choices=("hf", "gguf"), required=True, help="hf: a directory; gguf: a file")
+    parser.add_argument("--format", choices=("hf", "gguf", "peft"), required=True,
+                        help="hf, peft: a directory; gguf: a file")
     parser.add_argument("--output", required=True, help="directory or file to create")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights written")
     parser.add_argument("--shard-size", default="5GB", help="hf: largest file, such as 500MB (default: %(default)s)")
+    parser.add_argument("--without-adapters", dest="merge", action="store_false",
+                        help="hf, gguf: leave adapters out: the base that --format peft is for")
 
 
 def _add_evaluate(commands) -> None:
@@ -199,10 +254,48 @@ def _add_generate(commands) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object a prompt instead of streamed text")
 
 
+def _add_chat(commands) -> None:
+    parser = _command(commands, "chat", run_chat, "talk with a model fine-tuned for instructions", CHAT_HELP)
+    _add_checkpoint(parser)
+    parser.add_argument("--system", help="system prompt (default: the template's)")
+    parser.add_argument("--template", help="instead of the one the model was fine-tuned with: alpaca, phi3, chatml, a "
+                                           "YAML file, or a text with {prompt} and {answer}")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=0.95,
+                        help="sample from the likeliest tokens of this mass (default: %(default)s)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+
+
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from gptdist.train_command import train
 
     return train(args.config, overrides, debug=args.debug)
+
+
+def run_finetune(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gptdist.train_command import train
+
+    return train(args.config, overrides, command="finetune", debug=args.debug)
+
+
+def run_classify(args: argparse.Namespace) -> int:
+    from gptdist.data.labelled import read_texts
+    from gptdist.tasks.classify import Labeller
+
+    texts = args.text or read_texts(args.file, text_field=args.text_field)
+    labeller = Labeller(_checkpoint(args), device=_device(args.device), verify=args.verify)
+    for line in labeller.lines(texts, batch_size=args.batch_size):
+        if args.json:
+            print(json.dumps(line))
+        else:
+            print(f"{line['label']}\t{line['probability']:.4f}\t{' '.join(line['text'].split())}")
+    return EXIT_DONE
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -255,6 +348,20 @@ def run_generate(args: argparse.Namespace) -> int:
             print(json.dumps({"prompt": prompt, "completion": completion.text, "finish": completion.finish}))
         else:
             print(f"--- {prompt}\n{completion.text}\n")
+    return EXIT_DONE
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    import torch
+
+    from gptdist.chat import Terminal, open_chat
+    from gptdist.generate import Sampling
+
+    sampling = Sampling(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                        top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    Terminal(open_chat(_checkpoint(args), sampling, template=args.template, system=args.system,
+                       device=_device(args.device), dtype=dtype, verify=args.verify)).run()
     return EXIT_DONE
 
 
@@ -377,7 +484,7 @@ def run_export(args: argparse.Namespace) -> int:
     from gptdist.convert.exporter import export_model
 
     print(export_model(_checkpoint(args), args.output, format=args.format, dtype=args.dtype,
-                       shard_size=args.shard_size))
+                       shard_size=args.shard_size, merge=args.merge))
     return EXIT_DONE
 
 
@@ -401,7 +508,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     return doctor.run(json=args.json)
 
 
-TAKES_OVERRIDES = (run_train, run_config)
+TAKES_OVERRIDES = (run_train, run_finetune, run_config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,10 @@ import functools
 import io
 import re
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -113,8 +114,11 @@ class TrainConfig:
     """The step: how many tokens, in which precision, how long."""
 
     steps: int = _option(1000, "optimizer steps in the whole run")
+    epochs: float = _option(0.0, "passes over the training data in the whole run, in place of `steps`; 0: off")
     stop_at: int = _option(0, "save and end after this step, to go on later; schedules still span `steps`. 0: off")
-    tokens_per_step: int = _option(16384, "tokens of one optimizer step over all ranks; a multiple of model.context")
+    tokens_per_step: int = _option(16384, "pretrain: tokens of an optimizer step over all ranks; a multiple of "
+                                          "model.context")
+    batch: int = _option(8, "fine-tuning: examples of an optimizer step over all ranks")
     micro_batch: int = _option(8, "sequences per rank and forward pass; the rest is gradient accumulation")
     precision: Literal["fp32", "bf16"] = _option(
         "fp32", "bf16: bf16 compute; master weights and gradient reduction in fp32")
@@ -125,8 +129,9 @@ class TrainConfig:
     max_bad_steps: int = _option(10, "stop after this many consecutive steps whose gradient is not finite")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "micro_batch", "max_bad_steps"):
+        for name in ("steps", "tokens_per_step", "batch", "micro_batch", "max_bad_steps"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected at least 1")
+        _require(0 <= self.epochs < float("inf"), f"train.epochs is {self.epochs}, expected 0 (off) or more")
         _require(self.stop_at >= 0, f"train.stop_at is {self.stop_at}, expected 0 (off) or a step")
         _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
         _require(not isinstance(self.activation_checkpointing, int) or self.activation_checkpointing > 0,
@@ -227,11 +232,13 @@ class EvalConfig:
     """Validation during the run."""
 
     every: int = _option(100, "steps between evaluations (one more at the end); 0: only at the end")
-    tokens: int = _option(0, "validation tokens per evaluation; 0: the whole held-out split")
+    tokens: int = _option(0, "pretrain: validation tokens per evaluation; 0: the whole held-out split")
+    examples: int = _option(0, "fine-tuning: validation examples per evaluation; 0: all")
     micro_batch: int = _option(16, "sequences per rank and forward pass")
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0 and self.tokens >= 0, "eval.every and eval.tokens are expected to be 0 or more")
+        for name in ("every", "tokens", "examples"):
+            _require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, expected 0 or more")
         _require(self.micro_batch > 0, f"eval.micro_batch is {self.micro_batch}, expected at least 1")
 
 
@@ -271,9 +278,127 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learned: next words of raw text, or fine-tuning on examples (usually with checkpoint.init_from)."""
+
+    name: Literal["pretrain", "classify", "instruct", "dpo"] = _option(
+        "pretrain", "pretrain: next words of data.path; classify: labels of texts; instruct: answers to instructions; "
+                    "dpo: preferred answers")
+    train_data: str = _option("", "fine-tuning: file of training examples; empty: examples that come with Python")
+    val_data: str = _option("", "file of validation examples; empty: a part of train_data")
+    test_data: str = _option("", "file of test examples, used once at the end; empty: as the task says")
+    val_fraction: float = _option(0.1, "instruct, dpo: share of train_data held out where val_data is empty")
+    freeze: str = _option("none", "none: everything is trained; head: the head alone; last:N: the last N blocks, the "
+                                  "final norm and the head")
+    tokenizer: str = _option("bytes", "without checkpoint.init_from: bytes, gpt2, bpe:VOCAB (trained on the texts) or "
+                                      "a path, as `gptdist prepare --tokenizer` takes")
+    bucket: int = _option(64, "batches' worth of examples that are sorted by length together, so that rows of a batch "
+                              "need little padding; 0: off")
+
+    def __post_init__(self) -> None:
+        _require(re.fullmatch(r"none|head|last:[1-9][0-9]*", self.freeze) is not None,
+                 f"task.freeze is {self.freeze!r}, expected none, head, or last:N such as last:1")
+        _require(0 <= self.val_fraction < 1, f"task.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
+        _require(self.bucket >= 0, f"task.bucket is {self.bucket}, expected 0 (off) or batches")
+        _require(self.name != "pretrain" or not (self.train_data or self.val_data or self.test_data),
+                 "task.train_data, val_data and test_data are for fine-tuning, but task.name=pretrain, which reads "
+                 "data.path: set task.name to classify, instruct or dpo")
+        _require(self.name != "pretrain" or self.freeze == "none",
+                 f"task.freeze={self.freeze} is for fine-tuning, but task.name=pretrain")
+
+    @property
+    def trained_blocks(self) -> int | None:
+        """How many of the last blocks are trained, by `freeze`; None: everything is."""
+        return None if self.freeze == "none" else int(self.freeze.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """task.name=classify: a label for each text. Files: .csv, .tsv, .jsonl, or .txt with label<TAB>text."""
+
+    text_field: str = _option("text", "column or JSON field of the text, where the file names its columns")
+    label_field: str = _option("label", "column or JSON field of the label")
+    labels: list[str] = _option((), "the labels; empty: those of the training data, sorted")
+    split: list[float] = _option((0.7, 0.1, 0.2), "without val_data and test_data: shares of train_data that are for "
+                                                  "training, validation and test")
+    split_seed: int = _option(123, "seeds undersampling and the split")
+    balance: Literal["none", "undersample", "weights"] = _option(
+        "none", "undersample: as many texts of each label as the rarest has; weights: rarer labels count more")
+    pool: Literal["last", "first", "mean"] = _option(
+        "last", "what the head sees: hidden state of the last real token, of the first, or the mean over real tokens")
+    end_token: bool = _option(True, "append <|endoftext|> to each text")
+    baselines: bool = _option(True, "at the end, also test a majority vote and logistic regression on bags of words")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", list(self.labels))
+        object.__setattr__(self, "split", list(self.split))
+        _require(len(set(self.labels)) == len(self.labels), f"classify.labels has a label twice: {self.labels}")
+        _require(len(self.labels) != 1, f"classify.labels is {self.labels}, expected two or more labels")
+        shares = self.split
+        _require(len(shares) == 3 and min(shares) >= 0 and shares[0] > 0 and abs(sum(shares) - 1) < 1e-6,
+                 f"classify.split is {shares}, expected [train, validation, test] with sum 1 and train above 0")
+        _require(0 <= self.split_seed < 2**32, f"classify.split_seed is {self.split_seed}, expected 0 <= seed < 2^32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructConfig:
+    """task.name=instruct: answers to instructions."""
+
+    format: Literal["auto", "alpaca", "messages", "sharegpt"] = _option("auto", "layout of the records; auto: by keys")
+    template: str = _option("alpaca", "how a conversation is written: alpaca, phi3, chatml, a YAML file (see "
+                                      "gptdist/data/templates.py), or a text with {prompt} and {answer}")
+    mask_prompt: bool = _option(False, "only the answer's tokens count in the loss")
+    packing: Literal["none", "pack"] = _option(
+        "none", "none: a row an example, padded, rows of like length together; pack: several examples a row, which do "
+                "not see each other")
+    samples: int = _option(16, "validation questions answered at each evaluation, greedily: they are written to "
+                               "RUN_DIR/samples.jsonl, and exact match and ROUGE-L are theirs; 0: none")
+    max_new_tokens: int = _option(64, "longest sampled answer in tokens")
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 0, f"instruct.samples is {self.samples}, expected 0 (none) or more")
+        _require(self.max_new_tokens > 0, f"instruct.max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """task.name=dpo: direct preference optimisation (Rafailov et al. 2023) on pairs of answers in instruct.template."""
+
+    beta: float = _option(0.1, "how strongly the model is held near the one it starts from")
+
+    def __post_init__(self) -> None:
+        _require(0 < self.beta < float("inf"), f"dpo.beta is {self.beta}, expected > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021): fine-tuning trains them, and the weights that they adapt stay."""
+
+    rank: int = _option(0, "rank of the adapters; 0: off")
+    alpha: float = _option(16.0, "adapters are scaled by alpha / rank")
+    dropout: float = _option(0.0, "dropout probability of the adapters' input")
+    targets: str = _option("attn.qkv|attn.proj|mlp.fc|mlp.proj", "regular expression: linear layers whose name it "
+                                                                 "matches get an adapter")
+    split_qkv: bool = _option(False, "adapters of their own for queries, keys and values, not one for all three")
+    save: Literal["all", "adapters"] = _option(
+        "all", "what checkpoints hold: all: the base's weights too; adapters: what is trained, and the path and sha256 "
+               "of the base, which is checkpoint.init_from and has to stay there")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"lora.rank is {self.rank}, expected 0 (off) or more")
+        _require(0 < self.alpha < float("inf"), f"lora.alpha is {self.alpha}, expected > 0")
+        _require(0.0 <= self.dropout < 1.0, f"lora.dropout is {self.dropout}, expected 0 <= dropout < 1")
+        try:
+            re.compile(self.targets)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"lora.targets is {self.targets!r}, expected a regular expression: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A training run."""
 
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -283,18 +408,33 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    classify: ClassifyConfig = ClassifyConfig()
+    instruct: InstructConfig = InstructConfig()
+    dpo: DPOConfig = DPOConfig()
+    lora: LoRAConfig = LoRAConfig()
+
+    given: ClassVar[frozenset[str]] = frozenset()  # the section.key that the file and the command line set
 
     def __post_init__(self) -> None:
         context, tokens = self.model.context, self.train.tokens_per_step
-        _require(tokens % context == 0,
+        _require(self.is_finetuning or tokens % context == 0,
                  f"train.tokens_per_step={tokens} is not a multiple of model.context={context}: "
                  f"use {max(1, round(tokens / context)) * context}")
-        _require(self.schedule.warmup_steps <= self.train.steps,
+        _require(self.train.epochs > 0 or self.schedule.warmup_steps <= self.train.steps,
                  f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
+        _require(self.lora.rank == 0 or self.lora.save == "all" or self.checkpoint.init_from is not None,
+                 "lora.save=adapters needs checkpoint.init_from, the checkpoint that has the rest of the weights")
+        _require(self.lora.rank == 0 or self.task.freeze == "none",
+                 f"task.freeze={self.task.freeze} with lora.rank={self.lora.rank}: adapters keep all other weights as "
+                 f"they are; use task.freeze=none, or lora.rank=0")
         _require(not (self.train.compile and self.parallel.strategy == "zero3"),
                  "train.compile=true with parallel.strategy=zero3: DeepSpeed's hooks around every module leave nothing "
                  "to compile; use fsdp, or train.compile=false")
         self._check_tensor_parallel()
+        # An input that is divided by channels has no mask that is the same however many processes divide it.
+        _require(self.lora.rank == 0 or self.lora.dropout == 0 or self.parallel.tensor == 1,
+                 f"lora.dropout={self.lora.dropout} with parallel.tensor={self.parallel.tensor}: adapters have no "
+                 f"dropout where processes divide their input; use lora.dropout=0, or parallel.tensor=1")
 
     def _check_tensor_parallel(self) -> None:
         """Whatever parallel.tensor processes divide among them has equal parts."""
@@ -308,8 +448,13 @@ class Config:
                      f"parallel.tensor={tensor} does not divide {name} = {size}: change one of them")
 
     @property
+    def is_finetuning(self) -> bool:
+        return self.task.name != "pretrain"
+
+    @property
     def sequences_per_step(self) -> int:
-        return self.train.tokens_per_step // self.model.context
+        """Samples of an optimizer step over all ranks."""
+        return self.train.batch if self.is_finetuning else self.train.tokens_per_step // self.model.context
 
 
 COMMAND_LINE = "command line"  # where a bad override comes from
@@ -327,7 +472,7 @@ def to_yaml(config: Config) -> str:
 def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: list[str] = ()) -> Config:
     """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
     _check_keys(values, where)
-    return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(list(overrides)), where)
+    return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(list(overrides)), where, _names(values))
 
 
 def load(path: str | None, overrides: list[str] = ()) -> Config:
@@ -335,12 +480,18 @@ def load(path: str | None, overrides: list[str] = ()) -> Config:
 
     Raises UserError for a missing or malformed file, an unknown key (names the nearest) or an impossible value.
     """
-    file = []
+    file, values = [], {}
     if path is not None:
         values = _read_yaml(path)
         _check_keys(values, path)
         file = ["--config", path] if values else []
-    return _parse(file, _checked_overrides(list(overrides)), path or COMMAND_LINE)
+    return _parse(file, _checked_overrides(list(overrides)), path or COMMAND_LINE, _names(values))
+
+
+def _names(values: dict[str, dict[str, Any]]) -> set[str]:
+    """The section.key of nested values that are not null."""
+    return {f"{section}.{key}" for section, fields in values.items() for key, value in fields.items()
+            if value is not None}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -410,8 +561,8 @@ def _parser() -> Any:
     return parser
 
 
-def _parse(file: list[str], overrides: list[str], where: str) -> Config:
-    """The Config of the arguments that stand for a file called `where`, and of checked overrides.
+def _parse(file: list[str], overrides: list[str], where: str, in_file: Collection[str]) -> Config:
+    """The Config of the arguments that stand for a file called `where`, which sets `in_file`, and checked overrides.
 
     A message begins with `where`, or with "command line" where an override is at fault.
     """
@@ -420,11 +571,13 @@ def _parse(file: list[str], overrides: list[str], where: str) -> Config:
     try:
         for name, section in SECTIONS.items():
             _check_nulls(name, section, values[name])
-        return Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
+        config = Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
     except UserError as error:
         overridden = {word[2:].partition("=")[0] for word in overrides}
         named = set(re.findall(r"[a-z]+\.[a-z_0-9]+", str(error)))
         raise UserError(f"{COMMAND_LINE if named & overridden else where}: {error}") from error
+    object.__setattr__(config, "given", frozenset(in_file) | {word[2:].partition("=")[0] for word in overrides})
+    return config
 
 
 def _typed_values(before: list[str], arguments: list[str], where: str) -> dict[str, dict[str, Any]]:
@@ -464,7 +617,7 @@ def show() -> str:
         lines += ["", f"# {section.__doc__}", f"{name}:"]
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
-            default = [] if field.default == () else field.default
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
             value = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
             lines.append(f"  {field.name}: {value}  # {field.metadata['doc']} [{_type_name(hints[field.name])}]")
     return "\n".join(lines) + "\n"

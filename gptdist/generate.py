@@ -5,7 +5,7 @@ Sources: Holtzman et al. 2020 (top-p), Keskar et al. 2019 (repetition penalty), 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,16 +121,27 @@ class Completion:
     finish: str
 
 
-class Generator:
-    """Continues prompts with one model. `model` is in eval mode on `device`."""
+Prompt = str | Sequence[int]  # a text, or token ids, which may be special ones
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer):
+
+class Generator:
+    """Continues prompts with one model. `model` is in eval mode on `device`.
+
+    During training the weights may be spread over processes, which then all generate the same: `call` runs the model
+    where `model` itself cannot (a strategy in its evaluating() context), `device` and `dtype` are what it computes on
+    and in, and `agree` makes the chosen tokens those of one process, so that all of them run the model equally often.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, call: Callable[..., Tensor] | None = None,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None,
+                 agree: Callable[[list[int]], list[int]] = list):
         self.model, self.tokenizer = model, tokenizer
         self.context = model.config.context
         weight = model.wte.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = device or weight.device, dtype or weight.dtype
+        self._call, self._agree = call or model, agree
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling, *, batch_size: int = 16) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int = 16) -> list[Completion]:
         """Continue every prompt, `batch_size` at a time; completions in the prompts' order."""
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}, expected at least 1")
@@ -140,26 +151,26 @@ class Generator:
                 pass
         return [Completion(row.text, row.tokens[row.n_prompt:], row.finish or "length") for row in rows]
 
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Continue one prompt, yielding text as soon as it cannot be part of a stop string."""
         yield from (text for _, text in self._run(self._rows([prompt], sampling), sampling))
 
-    def _rows(self, prompts: Sequence[str], sampling: Sampling) -> list[Row]:
+    def _rows(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Row]:
         rows = []
         for index, prompt in enumerate(prompts):
-            tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+            tokens = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]) or [self.tokenizer.eot]
             generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + index)
             rows.append(Row(index, tokens, len(tokens), StreamDecoder(self.tokenizer), generator))
         return rows
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that a strategy gathers here are trained with later
     def _run(self, rows: list[Row], sampling: Sampling) -> Iterator[tuple[int, str]]:
         """Decode until every row has finished; yields (row index, new text)."""
         active, cache, logits = rows, None, None
         while active:
             if logits is None:
                 cache, logits = self._prefill(active)
-            chosen = [self._choose(row, logits[i], sampling) for i, row in enumerate(active)]
+            chosen = self._agree([self._choose(row, logits[i], sampling) for i, row in enumerate(active)])
             for row, token in zip(active, chosen, strict=True):
                 text = self._accept(row, token, sampling)
                 if text:
@@ -190,9 +201,9 @@ class Generator:
         """tokens (B, T), of which the first counts[b] are real -> logits of each row's last real token (B, V)."""
         counts = counts.to(self.device)
         cache.reserve(tokens.shape[1])
-        hidden = self.model.hidden(tokens.to(self.device), cache=cache)
+        logits = self._call(tokens.to(self.device), cache=cache, at=counts - 1)
         cache.advance(counts)
-        return self.model.logits(hidden[torch.arange(len(counts), device=self.device), counts - 1])
+        return logits
 
     def _choose(self, row: Row, logits: Tensor, sampling: Sampling) -> int:
         """The next token of a row from its logits (V,)."""

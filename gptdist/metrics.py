@@ -72,6 +72,18 @@ def _writing(path: Path) -> Iterator[None]:
                         "run.dir") from error
 
 
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows, each with kind and step, to a JSONL file beside metrics.jsonl."""
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows that a run which died wrote after the step from which it goes on."""
+    with _writing(path):
+        _truncate(path, step)
+
+
 def _truncate(path: Path, start_step: int) -> None:
     if not path.exists():
         return

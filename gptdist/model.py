@@ -9,6 +9,7 @@ Sources: Radford et al. 2019 (GPT-2); Ainslie et al. 2023 (grouped queries); Su 
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gptdist import ops
-from gptdist.config import ModelConfig
+from gptdist.config import Config, ModelConfig
+from gptdist.errors import UserError
 
 IGNORE = -100  # target id that has no loss
 
@@ -38,6 +40,17 @@ class Dropout:
 
     def __call__(self, x: Tensor, site: int, *, first_position: int = 0) -> Tensor:
         return ops.dropout(x, self.p, key=self.key, sample_ids=self.sample_ids, site=site, row_offset=first_position)
+
+
+class Linear(nn.Linear):
+    """The matrix product of a block: lora.py puts one with an adapter in its place, which has a dropout of its own."""
+
+    def product(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+        """x (B, T, in), all positions -> (B, T, out), without the bias."""
+        return F.linear(x, self.weight)
+
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class Whole:
@@ -61,9 +74,13 @@ class Whole:
         """(B, T_own, C) -> (B, T, C), for a product with this process's rows of a weight."""
         return x
 
-    def leave(self, x: Tensor, proj: nn.Linear) -> Tensor:
+    def leave(self, x: Tensor, proj: Linear, dropout: Dropout | None) -> Tensor:
         """x (B, T, this process's columns of `proj`) -> proj(x) (B, T_own, C), summed over the processes."""
-        return proj(x)
+        return proj(x, dropout)
+
+    def computed_by_all(self, x: Tensor) -> Tensor:
+        """x, which every process computed from what enter() gave it: the gradients of all of them count once."""
+        return x
 
     def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int,
                              ignore_index: int) -> Tensor:
@@ -123,14 +140,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.slots = config.n_heads // config.kv_heads + 2  # G queries, k, v
-        self.qkv = nn.Linear(config.width, config.kv_heads * self.slots * self.head_dim, bias=config.has_qkv_bias)
-        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.qkv = Linear(config.width, config.kv_heads * self.slots * self.head_dim, bias=config.has_qkv_bias)
+        self.proj = Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context, site: int) -> Tensor:
         parallel = context.parallel
         x = parallel.enter(x)
         B, T, _ = x.shape
-        qkv = self.qkv(x).unflatten(-1, (-1, self.slots, self.head_dim))  # (B, T, Hkv, G+2, D), this process's heads
+        qkv = self.qkv(x, context.dropout)
+        qkv = qkv.unflatten(-1, (-1, self.slots, self.head_dim))  # (B, T, Hkv, G+2, D), this process's heads
         if context.rope is not None:
             qkv = ops.rope(qkv, *context.rope)
         if context.cache is not None:
@@ -141,7 +159,7 @@ class Attention(nn.Module):
                 dropout_p=drop.p, key=drop.key, sample_ids=drop.sample_ids, site=site,
                 head_offset=parallel.rank * qkv.shape[2] * (self.slots - 2))
             out = ops.attention(qkv, doc_start=context.doc_start, **masked)
-        return parallel.leave(out.reshape(B, T, -1), self.proj)  # (B, T, Hkv, G, D) -> (B, T, C)
+        return parallel.leave(out.reshape(B, T, -1), self.proj, context.dropout)  # (B, T, Hkv, G, D) -> (B, T, C)
 
     def _attend_cache(self, qkv: Tensor, cache: Cache) -> Tensor:
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
@@ -152,12 +170,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.fc = nn.Linear(config.width, config.hidden, bias=config.bias)
-        self.proj = nn.Linear(config.hidden, config.width, bias=config.bias)
+        self.fc = Linear(config.width, config.hidden, bias=config.bias)
+        self.proj = Linear(config.hidden, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, parallel: Whole) -> Tensor:
-        hidden = F.linear(parallel.enter(x), self.fc.weight)  # the bias joins the GELU: one pass over memory less
-        return parallel.leave(ops.bias_gelu(hidden, self.fc.bias), self.proj)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        parallel, dropout = context.parallel, context.dropout
+        hidden = self.fc.product(parallel.enter(x), dropout)  # the bias joins the GELU: one pass over memory less
+        return parallel.leave(ops.bias_gelu(hidden, self.fc.bias), self.proj, dropout)
 
 
 class Block(nn.Module):
@@ -183,7 +202,7 @@ class Block(nn.Module):
         site = 3 * self.layer
         branch = self.attn(self.ln_1(x), context, site + 1)
         normed, x = self.ln_2.add(context.drop(branch, site + 2), x)
-        branch = self.mlp(normed, context.parallel)
+        branch = self.mlp(normed, context)
         return x + context.drop(branch, site + 3)
 
 
@@ -205,12 +224,15 @@ class GPT(nn.Module):
             block.recompute = every > 0 and i % every == 0
 
     def hidden(self, tokens: Tensor, *, dropout: Dropout | None = None, doc_start: Tensor | None = None,
-               cache: Cache | None = None) -> Tensor:
+               restart_positions: bool = False, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> hidden states (B, T, C) after the final norm, of all positions.
 
-        doc_start (B, T) int32: first position each position may attend to. With a cache the tokens continue its rows.
+        doc_start (B, T) int32: first position each position may attend to. restart_positions: positions count from
+        there, so that a document is what it would be in a row of its own. With a cache the tokens continue its rows.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        if restart_positions:
+            positions = positions - doc_start  # (B, T)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
         x = self.parallel.embed(self.wte, tokens)
@@ -239,10 +261,18 @@ class LanguageModel(GPT):
     def head_weight(self) -> Tensor:
         return self.wte.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor, *, dropout: Dropout | None = None,
-                doc_start: Tensor | None = None) -> Tensor:
-        """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE."""
-        hidden = self._compute_dtype(self.hidden(tokens, dropout=dropout, doc_start=doc_start))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, dropout: Dropout | None = None,
+                doc_start: Tensor | None = None, restart_positions: bool = False, cache: Cache | None = None,
+                at: Tensor | None = None) -> Tensor:
+        """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE.
+
+        Without targets: the logits (B, vocab_size) fp32 after position at[b] of each row, to generate from.
+        """
+        hidden = self.hidden(tokens, dropout=dropout, doc_start=doc_start, restart_positions=restart_positions,
+                             cache=cache)
+        if targets is None:
+            return self.logits(hidden[torch.arange(len(at), device=at.device), at])
+        hidden = self._compute_dtype(hidden)
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE)
@@ -260,6 +290,53 @@ class LanguageModel(GPT):
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+class Classifier(GPT):
+    """GPT with one of `n_labels` labels for each row, from one hidden state of it. Padding never reaches that state."""
+
+    def __init__(self, config: ModelConfig, n_labels: int, pool: str):
+        super().__init__(config)
+        self.pool = pool  # classify.pool
+        self.score = Linear(config.width, n_labels)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, *, dropout: Dropout | None = None) -> Tensor:
+        """Logits (B, n_labels) fp32 of the rows tokens (B, T), of which the first lengths[b] >= 1 tokens are real."""
+        hidden = self.hidden(tokens, dropout=dropout)
+        if self.pool == "mean":
+            real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
+            pooled = ((hidden.float() * real[..., None]).sum(1) / lengths[:, None]).to(hidden.dtype)
+        else:
+            at = lengths - 1 if self.pool == "last" else torch.zeros_like(lengths)
+            pooled = hidden[torch.arange(len(at), device=at.device), at]
+        logits = self.score(pooled[:, None], dropout).squeeze(1).float()  # (B, C) -> (B, n_labels)
+        return self.parallel.computed_by_all(logits).clone()  # FSDP's hooks want an output that is not a view
+
+
+def build(config: Config) -> GPT:
+    """The model of a run on the meta device: with the head of its task, frozen parts marked, adapters in place."""
+    if config.task.name == "classify":
+        with torch.device("meta"):
+            model = Classifier(config.model, len(config.classify.labels), config.classify.pool)
+    else:
+        model = build_meta(config.model)
+    if config.lora.rank > 0:
+        from gptdist import lora
+
+        lora.apply(model, config.lora, also_train=("score.weight", "score.bias"))  # a new head has learned nothing yet
+    elif config.task.trained_blocks is not None:
+        freeze(model, config.task.trained_blocks)
+    return model
+
+
+def freeze(model: GPT, trained_blocks: int) -> None:
+    """Train the head alone, or with it the last blocks and the final norm (Raschka 2024, chapter 6)."""
+    if trained_blocks > len(model.blocks):
+        raise UserError(f"task.freeze=last:{trained_blocks}, but the model has {len(model.blocks)} blocks")
+    model.requires_grad_(False)
+    head = model.score if isinstance(model, Classifier) else model.head or model.wte  # a tied head is the embedding
+    for part in (head, *([*model.blocks[-trained_blocks:], model.ln_f] if trained_blocks else [])):
+        part.requires_grad_(True)
+
+
 def build_meta(config: ModelConfig, model_class: type[GPT] = LanguageModel) -> GPT:
     """The model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
@@ -275,17 +352,24 @@ def initial_values(name: str, shape: tuple[int, ...], start: int, count: int, *,
 
     A pure function of (seed, name, flat index), so every rank can draw just its shard and all world sizes agree.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith("lora_B"):
         return torch.full((count,), 1.0 if name.endswith("weight") else 0.0)
+    if name.endswith("lora_A"):
+        bound = 1 / math.sqrt(shape[1])  # Kaiming's uniform with a = sqrt(5), as Hu et al.
+        return _drawn(name, start, count, seed, torch.rand) * (2 * bound) - bound
     std = INIT_STD / math.sqrt(2 * n_layers) if name.endswith("proj.weight") else INIT_STD
+    return _drawn(name, start, count, seed, torch.randn) * std
+
+
+def _drawn(name: str, start: int, count: int, seed: int, draw: Callable[..., Tensor]) -> Tensor:
     first, last = start // INIT_CHUNK, (start + count - 1) // INIT_CHUNK
-    chunks = [_normal_chunk(name, index, seed) for index in range(first, last + 1)] if count else []
+    chunks = [_chunk(name, index, seed, draw) for index in range(first, last + 1)] if count else []
     values = torch.cat(chunks) if chunks else torch.empty(0)
     offset = start - first * INIT_CHUNK
-    return values[offset:offset + count] * std
+    return values[offset:offset + count]
 
 
-def _normal_chunk(name: str, index: int, seed: int) -> Tensor:
+def _chunk(name: str, index: int, seed: int, draw: Callable[..., Tensor]) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(INIT_CHUNK, generator=generator)
+    return draw(INIT_CHUNK, generator=generator)

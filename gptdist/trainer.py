@@ -1,8 +1,8 @@
 """The training loop, one for every task and strategy.
 
-A task gives batches, a loss per micro-batch and an evaluation; a strategy spreads the model; this module steps,
-measures, evaluates, saves and resumes. Which tokens a step sees is a function of `next_sample` alone, so a run
-continues exactly.
+A task (tasks/task.py) gives batches, a loss per micro-batch and an evaluation; a strategy spreads the model; this
+module steps, measures, evaluates, saves and resumes. Which tokens a step sees is a function of `next_sample` alone, so
+a run continues exactly.
 """
 
 import contextlib
@@ -10,31 +10,29 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.base import BASE_NAME, find_base, not_in_base
 from gptdist.checkpoint.files import user_errors
 from gptdist.checkpoint.ranks import Ranks
-from gptdist.checkpoint.restore import read_config
+from gptdist.checkpoint.restore import load_state
 from gptdist.checkpoint.saver import Saver
 from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
-from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
-from gptdist.model import build_meta
 from gptdist.optim.adamw import build_adamw
 from gptdist.optim.schedule import lr_factor
 from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import World
-from gptdist.tasks.pretrain import Pretrain
+from gptdist.tasks import make_task
+from gptdist.tasks.task import check_resumed
 
 TRAIN_STATE_FORMAT = 1
 
@@ -69,7 +67,8 @@ class Trainer:
     def __init__(self, config: Config, world: World):
         self.world = world
         self.ranks = Ranks(None)
-        self.task = self.ranks.on_all(lambda: Pretrain(config, world))
+        self.task = self.ranks.on_all(lambda: make_task(config, world))
+        self._check_same_data()
         self.config = self.task.config
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / "checkpoints"
@@ -79,6 +78,18 @@ class Trainer:
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         self._bad_steps = 0
 
+    def _check_same_data(self) -> None:
+        """Raise UserError where another rank read other data, such as a file on its node's own disk."""
+        ours = self.task.dataset_id, self.task.tokenizer.hash
+        theirs = self.ranks.on_coordinator(lambda: ours)
+
+        def check() -> None:
+            if ours != theirs:
+                raise UserError(f"rank {self.world.rank} read other data or another tokenizer than rank 0 from "
+                                f"{self.task.data_name}: give every node the same files")
+
+        self.ranks.on_all(check)
+
     def run(self) -> int:
         with contextlib.ExitStack() as self.held:
             return self._run()
@@ -87,12 +98,17 @@ class Trainer:
         self.ranks.on_coordinator(self._open_run_dir)
         self.stop.install()
         source = self._choose_start()
-        self.strategy.prepare(build_meta(self.config.model, self.task.model_class),
-                              lambda parameters: build_adamw(parameters, self.config.optim))
+        model = self.task.build()
+        self._n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.strategy.prepare(model, lambda parameters: build_adamw(parameters, self.config.optim))
         self._restore(source)
+        self.base = self.ranks.on_coordinator(lambda: find_base(self.config, source))
         self._announce(source)
+        self.task.step = self.state.step
+        self.task.started(self.strategy)
         if self.state.step >= self.config.train.last_step:
             self.console.print(f"nothing to do: {self.state.step} of {self.config.train.last_step} steps are done")
+            self._finish()
             return EXIT_DONE
         self.metrics = None
         self.ranks.on_coordinator(self._open_metrics)
@@ -100,10 +116,16 @@ class Trainer:
         try:
             with Saver(self.root, keep_last=keep.keep_last, keep_best=keep.keep_best,
                        timeout_s=self.config.parallel.timeout_s) as self.saver:
-                return self._loop()
+                code = self._loop()
+            self._finish()
+            return code
         finally:
             if self.metrics is not None:
                 self.metrics.close()
+
+    def _finish(self) -> None:
+        if self.state.step == self.config.train.steps:
+            self.task.finished(self.strategy)
 
     # Start
 
@@ -177,43 +199,35 @@ class Trainer:
         if source is None:
             return
         kind, path = source
-        self.ranks.on_all(lambda: self._check_fit(kind, path))
         if kind == "init":
-            store.load(path, self.strategy.model_state())
+            self.ranks.on_all(lambda: self.task.check_base(path))
+            self.task.load_base(path, self.strategy.model_state())
             self.strategy.loaded()
             return
-        state = TrainState.read(path)
-        store.load(path, self.strategy.state())
+        state = self.ranks.on_all(lambda: self._resumable(path))
+        load_state(path, self.strategy.state())
         self.strategy.loaded()
+        self.task.resumed(path)
         self.state = state
 
-    def _check_fit(self, kind: str, checkpoint: Path) -> None:
-        """Raise UserError where the checkpoint is of another model, tokenizer or, resuming, other data."""
-        check_tokenizer(checkpoint, self.task.tokenizer, self.config.data.path)
-        saved = read_config(checkpoint)
-        # A longer or shorter rotary context is a new run's choice; a learned position table has its own shape check.
-        _check_equal(checkpoint, "model", saved.model, self.config.model,
-                     but=("dropout", "context") if kind == "init" else ("dropout",),
-                     advice="use the model the checkpoint was trained with")
-        if kind == "init":
-            return
-        advice = "a run keeps its data; for another one start anew from these weights with checkpoint.init_from"
-        _check_equal(checkpoint, "data", saved.data, self.config.data, only=("shuffle", "document_mask"), advice=advice)
-        _check_equal(checkpoint, "run", saved.run, self.config.run, only=("seed",), advice=advice)
-        dataset = TrainState.read(checkpoint).dataset
-        if dataset != self.task.dataset_id:
-            raise UserError(f"{checkpoint} was trained on other data than {self.config.data.path}/train: {advice}"
-                            if dataset else f"{checkpoint} was imported, not trained here: use checkpoint.init_from")
+    def _resumable(self, checkpoint: Path) -> TrainState:
+        state = TrainState.read(checkpoint)
+        check_resumed(self.task, checkpoint, state.dataset)
+        return state
 
     def _announce(self, source: tuple[str, Path] | None) -> None:
         config, world = self.config, self.world
-        n = self.strategy.n_parameters
+        n, unit = self.strategy.n_parameters, self.task.unit
+        trained = "" if self._n_trained == n else f" ({self._n_trained:,} trained)"
+        batch = f"{config.sequences_per_step} {unit}"
+        if not config.is_finetuning:
+            batch = f"{config.sequences_per_step} x {config.model.context} tokens"
         tensor = f" x tensor parallel {config.parallel.tensor}" if config.parallel.tensor > 1 else ""
         start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
         self.console.print(
-            f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy}{tensor} on "
-            f"{world.size} x {world.device.type}, {config.train.precision}; {config.sequences_per_step} x {config.model.context} "
-            f"tokens per step; {self.task.source.n_samples} windows per epoch; {start}")
+            f"{n / 1e6:.2f}M parameters{trained}, vocabulary {config.model.vocab_size}; {world.strategy}{tensor} on "
+            f"{world.size} x {world.device.type}, {config.train.precision}; {batch} per step; "
+            f"{self.task.source.n_samples} {unit} per epoch; {start}")
         self._flops_per_token = flops_per_token(config.model, n)
 
     # Steps
@@ -247,8 +261,9 @@ class Trainer:
     def _step(self, batch: StepBatch) -> dict[str, float | int]:
         """One optimizer step; returns its metrics row."""
         started, config = time.perf_counter(), self.config
-        counts = torch.tensor([batch.n_targets, batch.data_hash, int(self.stop.received)], dtype=torch.int64)
-        n_targets, data_hash, stop = self.world.sum(counts).tolist()
+        counts = torch.tensor([batch.n_targets, batch.data_hash, int(self.stop.received), batch.n_tokens,
+                               batch.n_positions], dtype=torch.int64)
+        n_targets, data_hash, stop, n_tokens, n_positions = self.world.sum(counts).tolist()
         key = self.task.dropout_key(batch.step)
         loss_sum = torch.zeros((), dtype=torch.float64)
         for i, micro_batch in enumerate(batch.micro_batches):
@@ -265,8 +280,9 @@ class Trainer:
             tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss,
             dataset=self.task.dataset_id)
         seconds = time.perf_counter() - started
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
-                "tokens_per_s": n_targets / seconds, "stop": stop}
+        row = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
+               "tokens_per_s": (n_tokens or n_targets) / seconds, "stop": stop}
+        return row | self.task.measured() | ({"padding_share": 1 - n_tokens / n_positions} if n_tokens else {})
 
     def _apply_or_discard(self, step: int, norm: float, lr: float) -> None:
         if math.isfinite(norm):
@@ -304,17 +320,21 @@ class Trainer:
             self.save(background=config.checkpoint.asynchronous and not (last or stopping))
 
     def _evaluate(self) -> bool:
-        """Validation loss into state and metrics; True if it is the lowest so far."""
+        """Validation loss into state, all that the task measures into metrics; True if that loss is the lowest yet."""
         started = time.perf_counter()
-        loss = self.task.evaluate(self.strategy)
-        if loss is None or not math.isfinite(loss):
+        self.task.step = self.state.step
+        values = self.task.evaluate(self.strategy)
+        if values is None or not math.isfinite(values["val_loss"]):
             return False
+        loss = values["val_loss"]
         best = self.state.best_val_loss
         is_best = best is None or loss < best
         self.state.val_loss, self.state.best_val_loss = loss, loss if is_best else best
         if self.metrics is not None:
-            self.metrics.write("eval", self.state.step, val_loss=loss, seconds=time.perf_counter() - started)
-        self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}")
+            self.metrics.write("eval", self.state.step, **values, seconds=time.perf_counter() - started)
+        others = "".join(f"  {name} {value:.4f}" for name, value in values.items()
+                         if name != "val_loss" and isinstance(value, float))
+        self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}{others}")
         return is_best
 
     def save(self, *, background: bool = False) -> None:
@@ -322,27 +342,14 @@ class Trainer:
         files = {"train_state.json": json.dumps(dataclasses.asdict(self.state)).encode(),
                  "config.yaml": to_yaml(self.config).encode()}
         files |= {f"tokenizer/{name}": data for name, data in self.task.tokenizer.files().items()}
-        self.saver.save(self.state.step, self.strategy.state(), files if self.world.is_main else {},
-                        background=background)
+        files |= self.task.files()
+        tensors = self.strategy.state()
+        if self.base is not None:
+            tensors = not_in_base(tensors, self.base.shapes)
+            files[BASE_NAME] = self.base.reference
+        self.saver.save(self.state.step, tensors, files if self.world.is_main else {}, background=background)
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[note]}"))
         return Progress(*columns, console=self.console, disable=not (self.world.is_main and self.console.is_terminal))
-
-
-def _check_equal(checkpoint: Path, section: str, saved: Any, wanted: Any, *, advice: str, only: Sequence[str] = (),
-                 but: Sequence[str] = ()) -> None:
-    """Raise UserError naming the first field of a section that the checkpoint has otherwise."""
-    for name in only or [field.name for field in dataclasses.fields(wanted)]:
-        ours, theirs = getattr(wanted, name), getattr(saved, name)
-        if name not in but and ours != theirs:
-            raise UserError(f"{checkpoint} has {section}.{name}={theirs}, this run {section}.{name}={ours}: {advice}")
-
-
-def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, data_path: str) -> None:
-    """Raise UserError if the checkpoint's tokenizer is not the dataset's."""
-    saved = json.loads(layout.read_file(checkpoint, "tokenizer/tokenizer.json"))["hash"]
-    if saved != tokenizer.hash:
-        raise UserError(f"{checkpoint} was trained with tokenizer {saved[:12]}, but {data_path} was prepared with "
-                        f"{tokenizer.hash[:12]}: prepare the data with --tokenizer {checkpoint / 'tokenizer'}")

@@ -29,10 +29,10 @@ def dataset(tmp_path_factory) -> Path:
     return folder / "bytes"
 
 
-def run_gptdist(*args: str, timeout_s: int = 120, **env: str) -> subprocess.CompletedProcess:
+def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess:
     """`python -m gptdist ARGS` in a process of its own."""
     return subprocess.run([sys.executable, "-m", "gptdist", *args], capture_output=True, text=True, cwd=ROOT,
-                          timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+                          input=stdin, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.base import base_of
 from gptdist.checkpoint.restore import read_config
 from gptdist.config import to_dict
 
@@ -28,8 +29,18 @@ def describe(path: str, which: str = "latest", *, verify: bool = False) -> dict:
         "config": to_dict(read_config(checkpoint)),
         "tensors": {key: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
                     for key, (shape, dtype) in index.items()},
+        "base": str(base) if (base := base_of(checkpoint)) else None,
         "others": [p.name for p in layout.scan(Path(checkpoint).parent)[0]],
     }
+
+
+def _adapters(found: dict) -> dict[str, str]:
+    """The line about adapters, where there are some."""
+    options, base = found["config"]["lora"], found["base"]
+    if not options["rank"]:
+        return {}
+    where = f"alone, their base is {base}" if base else "beside their base"
+    return {"adapters": f"rank {options['rank']}, alpha {options['alpha']:g}, of {options['targets']}; {where}"}
 
 
 def print_description(found: dict, *, tensors: bool) -> None:
@@ -41,6 +52,7 @@ def print_description(found: dict, *, tensors: bool) -> None:
         "step": f"{state.get('step')} of {found['config']['train']['steps']}, {state.get('tokens', 0):,} tokens seen",
         "validation loss": f"{state.get('val_loss')} (best so far: {state.get('best_val_loss')})",
         "parameters": f"{found['parameters']:,}",
+        **_adapters(found),
         "model": f"{model['n_layers']} layers, width {model['width']}, {model['n_heads']} heads, context "
                  f"{model['context']}, vocabulary {model['vocab_size']}, {'tied' if model['tied'] else 'untied'} head",
         "size": f"{found['bytes'] / 1e6:.1f} MB in {len(found['files'])} files, {len(found['tensors'])} tensors",

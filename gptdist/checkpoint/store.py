@@ -7,8 +7,9 @@ the same error on every rank, and leaves nothing behind.
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,14 +78,17 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     strict: bool = True,
     allow_missing: Callable[[str], bool] | None = None,
+    grow: Collection[str] = (),
 ) -> list[str]:
     """Fill `tensors` in place from a complete checkpoint; a collective call. Returns the keys left as they were.
 
     Keys of the checkpoint that are not in `tensors` are ignored. A key that is not in the checkpoint is a UserError,
     unless `allow_missing(key)` or strict=False. Shapes must be equal; floating dtypes are converted.
+    grow: keys whose tensor may have more rows than the checkpoint, which are left as they were (see grow.py).
     """
     path, ranks = Path(path), Ranks(process_group)
     index = ranks.on_coordinator(lambda: checked_index(path))
+    index |= {key: _grown(index[key], tensors[key].shape) for key in grow if key in index and key in tensors}
     allowed = allow_missing or (lambda key: not strict)
     missing = ranks.on_all(lambda: _check_request(path, index, tensors, allowed))
     wanted = {key: tensor for key, tensor in tensors.items() if key in index}
@@ -215,6 +219,12 @@ def checked_index(path: Path) -> Index:
             why = f"{key} lies in {unknown[0]}, which {MANIFEST_NAME} does not name"
             raise UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
     return index
+
+
+def _grown(entry: Entry, shape: torch.Size) -> Entry:
+    """The entry as if it had the rows of `shape`: DCP reads the boxes that there are, and asks for no others."""
+    more_rows = len(shape) > 0 and tuple(shape[1:]) == entry.shape[1:] and shape[0] > entry.shape[0]
+    return replace(entry, shape=tuple(shape)) if more_rows else entry
 
 
 def _check_request(path: Path, index: Index, tensors: Mapping[str, torch.Tensor], allowed: Callable) -> list[str]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gptdist.checkpoint import layout
+from gptdist.checkpoint.base import base_of, weight_shapes
 from gptdist.checkpoint.index import Entry
 from gptdist.checkpoint.restore import read_config
 from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import ModelConfig
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
-from gptdist.model import build_meta
+from gptdist.model import build
 from gptdist.optim.adamw import MOMENTS
 
 # What an optimizer keeps for one parameter: AdamW, and momentum-only optimizers.
@@ -48,12 +49,14 @@ def verify_values(checkpoint: Path) -> Verified:
     layout.verify(checkpoint)
     manifest = layout.complete(checkpoint)
     reader = TensorReader(checkpoint)
-    model = read_config(checkpoint).model
+    config = read_config(checkpoint)
     _check_step(checkpoint, manifest.step)
-    _check_tokenizer(checkpoint, model)
-    shapes = {name: tuple(p.shape) for name, p in build_meta(model).named_parameters()}
+    _check_tokenizer(checkpoint, config.model)
+    parameters = dict(build(config).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     _check_model(checkpoint, reader.index, shapes)
-    optimizer = _check_optimizer(checkpoint, reader.index, shapes)
+    trained = {name: shapes[name] for name, p in parameters.items() if p.requires_grad}
+    optimizer = _check_optimizer(checkpoint, reader.index, trained)
     for key in reader.index:
         _check_finite(reader, key)
     return Verified(checkpoint, manifest.step, len(reader.index), sum(map(math.prod, shapes.values())),
@@ -80,6 +83,9 @@ def _check_tokenizer(checkpoint: Path, model: ModelConfig) -> None:
 def _check_model(checkpoint: Path, index: dict[str, Entry], shapes: dict[str, tuple[int, ...]]) -> None:
     """The model's keys are those that its configuration's model has, each in its shape, in fp32."""
     wanted = {f"model.{name}": shape for name, shape in shapes.items()}
+    if (base := base_of(checkpoint)) is not None:  # the rest is there
+        elsewhere = weight_shapes(base)
+        wanted = {key: shape for key, shape in wanted.items() if key in index or elsewhere.get(key) != shape}
     if missing := sorted(wanted.keys() - index.keys()):
         raise _bad(checkpoint, f"no tensor {missing[0]} ({len(missing)} missing), which the model of config.yaml has")
     if extra := sorted(key for key in index.keys() - wanted.keys() if not key.startswith("optim.")):
@@ -97,7 +103,7 @@ def _check_entry(checkpoint: Path, key: str, entry: Entry, shape: tuple[int, ...
 
 
 def _check_optimizer(checkpoint: Path, index: dict[str, Entry], shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Every parameter has all slots of an optimizer, or none has any (False)."""
+    """Every trained parameter has all slots of an optimizer, or none has any (False)."""
     slots: dict[str, set[str]] = {}
     for key in index:
         if key.startswith("optim."):

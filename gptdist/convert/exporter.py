@@ -1,6 +1,8 @@
-"""`gptdist export`: a checkpoint -> Hugging Face's files or GGUF, one tensor at a time."""
+"""`gptdist export`: a checkpoint -> Hugging Face's files, GGUF or peft's adapter, one tensor at a time.
 
-import json
+Adapters are merged into the weights, except for peft's format, which has them alone.
+"""
+
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,19 +11,20 @@ import torch
 
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.files import write_file
-from gptdist.checkpoint.restore import read_config
+from gptdist.checkpoint.restore import MergedReader, read_config, refuse_classifier
 from gptdist.checkpoint.shards import Part, write_shard
 from gptdist.checkpoint.store import refuse_existing
-from gptdist.checkpoint.stream import TensorReader, groups, new_directory, part_bytes
+from gptdist.checkpoint.stream import groups, new_directory, part_bytes
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
+from gptdist.convert.files import to_json
 from gptdist.convert.hf import conv1d
 from gptdist.convert.tokenizer import hugging_face_files
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "peft")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -32,7 +35,7 @@ class Export:
     checkpoint: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    reader: TensorReader
+    reader: MergedReader
     dtype: torch.dtype
 
     def parts(self, dtype: torch.dtype) -> list[Part]:
@@ -40,16 +43,21 @@ class Export:
         return gpt2.from_checkpoint(self.reader, self.config, dtype)
 
 
-def open_export(checkpoint: Path, target: str, dtype: str) -> Export:
-    """Check the checkpoint and what the target can express, before anything is written."""
+def open_export(checkpoint: Path, target: str, dtype: str, *, merge: bool = True) -> Export:
+    """Check the checkpoint and what the target can express, before anything is written.
+
+    merge: adapters are part of the weights; without it they are left out.
+    """
     layout.verify(checkpoint)
-    config = read_config(checkpoint).model
+    config = read_config(checkpoint)
+    refuse_classifier(checkpoint, config)
+    config = config.model
     tokenizer = Tokenizer.load(checkpoint / "tokenizer")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}; "
                         f"use another checkpoint")
     gpt2.refuse_inexpressible(config, target)
-    reader = TensorReader(checkpoint)
+    reader = MergedReader(checkpoint, merge=merge)
     for name, shape in gpt2.shapes(config).items():
         if (entry := reader.index.get(f"model.{name}")) is None or entry.shape != shape:
             raise UserError(f"{checkpoint}: model.{name} is {'missing' if entry is None else entry.shape}, config.yaml "
@@ -57,17 +65,26 @@ def open_export(checkpoint: Path, target: str, dtype: str) -> Export:
     return Export(checkpoint, config, tokenizer, reader, DTYPES[dtype])
 
 
-def export_model(checkpoint: Path, output: str, *, format: str, dtype: str = "fp32", shard_size: str = "5GB") -> Path:
-    """Write `checkpoint` as `format`: a directory (hf) or a file (gguf). Atomic; UserError if `output` exists."""
+def export_model(checkpoint: Path, output: str, *, format: str, dtype: str = "fp32", shard_size: str = "5GB",
+                 merge: bool = True) -> Path:
+    """Write `checkpoint` as `format`: a directory (hf, peft) or a file (gguf). Atomic; UserError if `output` exists.
+
+    merge: whether adapters are part of the weights written.
+    """
     final = Path(output)
     refuse_existing(final)
     limit = parse_size(shard_size)
     if format == "gguf":
         from gptdist.convert.gguf import write_gguf
 
-        write_gguf(open_export(checkpoint, "GGUF", dtype), final)
+        write_gguf(open_export(checkpoint, "GGUF", dtype, merge=merge), final)
     elif format == "hf":
-        write_hf(open_export(checkpoint, "Hugging Face", dtype), final, limit)
+        write_hf(open_export(checkpoint, "Hugging Face", dtype, merge=merge), final, limit)
+    elif format == "peft":
+        from gptdist.convert.peft import write_peft
+
+        open_export(checkpoint, "peft", dtype)
+        write_peft(checkpoint, final, DTYPES[dtype])
     else:
         raise UserError(f"unknown format {format!r}, expected {' or '.join(FORMATS)}")
     return final
@@ -92,7 +109,7 @@ def write_hf(export: Export, final: Path, shard_bytes: int) -> None:
     if len(shards) > 1:
         where = {part.key: name for name, shard in zip(names, shards, strict=True) for part in shard}
         index = {"metadata": {"total_size": sum(map(part_bytes, parts))}, "weight_map": where}
-        files["model.safetensors.index.json"] = _json(index)
+        files["model.safetensors.index.json"] = to_json(index)
     with new_directory(final) as temporary:
         for name, shard in zip(names, shards, strict=True):
             write_shard(temporary / name, shard, metadata={"format": "pt"})
@@ -113,8 +130,4 @@ def _hf_files(export: Export) -> dict[str, bytes]:
         "torch_dtype": str(export.dtype).removeprefix("torch."),
     }
     generation = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
-    return {"config.json": _json(model), "generation_config.json": _json(generation)}
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return {"config.json": to_json(model), "generation_config.json": to_json(generation)}

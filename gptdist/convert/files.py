@@ -96,6 +96,10 @@ def memory_part(name: str, value: Tensor) -> Part:
     return Part(name, value.dtype, tuple(value.shape), lambda: value)
 
 
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names of many, for a message."""
     names = sorted(names)

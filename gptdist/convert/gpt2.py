@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gptdist.checkpoint.restore import MergedReader
 from gptdist.checkpoint.shards import Part
-from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import ModelConfig
 from gptdist.convert.files import listed
 from gptdist.errors import UserError
@@ -114,7 +114,7 @@ def refuse_inexpressible(config: ModelConfig, target: str) -> None:
                             f"only models of the GPT-2 family can be exported")
 
 
-def from_checkpoint(reader: TensorReader, config: ModelConfig, dtype: torch.dtype) -> list[Part]:
+def from_checkpoint(reader: MergedReader, config: ModelConfig, dtype: torch.dtype) -> list[Part]:
     """A checkpoint's `model.*` -> plain tensors of `dtype`, read when they are written.
 
     A qkv projection without bias gets one of zeros.
@@ -128,7 +128,7 @@ def from_checkpoint(reader: TensorReader, config: ModelConfig, dtype: torch.dtyp
     return parts
 
 
-def _exporter(reader: TensorReader, name: str, config: ModelConfig, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _exporter(reader: MergedReader, name: str, config: ModelConfig, dtype: torch.dtype) -> Callable[[], Tensor]:
     def get() -> Tensor:
         value = cast(reader.read(f"model.{name}"), dtype, name)
         if name in _VOCABULARY:

@@ -32,6 +32,13 @@ def embedded_documents() -> Iterator[str]:
     yield from _all_documents()
 
 
+def embedded_docstrings() -> Iterator[tuple[str, str]]:
+    """Yield (qualified name, docstring) of every module, class and function of the standard library that has one."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(_source_files(root)):
+        yield from _module_docstrings(path, root)
+
+
 @functools.cache  # parsing takes about a second, and training a tokenizer on the corpus reads it twice
 def _all_documents() -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -57,12 +64,16 @@ def _topic_documents(path: Path) -> Iterator[str]:
 
 def _module_document(path: Path, root: Path) -> str:
     """Return all docstrings of one module in source order, each under its qualified name; '' if it has none."""
+    return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _module_docstrings(path, root))
+
+
+def _module_docstrings(path: Path, root: Path) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # lib2to3 and friends ship files that are deliberately not Python 3.
-        return ""
+        return
     module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-    return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _docstrings(tree, module))
+    yield from _docstrings(tree, module)
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

@@ -28,9 +28,10 @@ class Batch:
     """One micro-batch of one rank. Padding rows have tokens 0, targets -100 and sample id -1."""
 
     tokens: Tensor  # int64 (B, T)
-    targets: Tensor  # int64 (B, T); -100 = ignored
+    targets: Tensor  # int64 (B, T), or (B,) where a row has one label; -100 = ignored
     sample_ids: Tensor  # int64 (B,): running sample number epoch * n_samples + i, unique over the run
     doc_start: Tensor | None = None  # int32 (B, T): first position of the row that position t may attend to
+    lengths: Tensor | None = None  # int64 (B,): tokens of the row before its padding
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class StepBatch:
     micro_batches: list[Batch]  # the same number, of the same shape, on every rank
     n_targets: int  # of this rank
     data_hash: int  # of this rank: sum over its sequences of crc32(sample id, tokens); add up over ranks
+    n_tokens: int = 0  # of this rank, without padding; 0: every position is a token
+
+    @property
+    def n_positions(self) -> int:
+        """What this rank computes, padding included."""
+        return sum(batch.tokens.numel() for batch in self.micro_batches)
 
 
 def rank_share(sequences: int, rank: int, world: int) -> tuple[int, int]:
@@ -56,6 +63,19 @@ def micro_batches_per_step(sequences: int, world: int, micro_batch: int) -> tupl
     largest_share = -(-sequences // world)
     count = -(-largest_share // micro_batch)
     return count, -(-largest_share // count)
+
+
+def numbers_of_step(next_sample: int, count: int, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the first `count` sample numbers from `next_sample` on that are in no skipped range: int64 (count,)."""
+    pieces, needed, number = [], count, next_sample
+    for start, stop in skipped:
+        n = min(max(start - number, 0), needed)
+        pieces.append(np.arange(number, number + n))
+        needed -= n
+        if needed == 0:
+            break
+        number = max(number, stop)
+    return np.concatenate([*pieces, np.arange(number, number + needed)]).astype(np.int64)
 
 
 class PretrainSource:
@@ -95,22 +115,14 @@ class PretrainSource:
         self._n_micro, self._micro_batch = micro_batches_per_step(sequences_per_step, world, micro_batch)
         self._order = SampleOrder(self.n_samples, seed, shuffle)
         self._eot = _document_end(dataset, eot) if document_mask else None
-        self._skipped = _checked_ranges(skipped)
+        self._skipped = checked_ranges(skipped)
 
     def sample_numbers(self, next_sample: int) -> np.ndarray:
         """Return the sample numbers of the step that begins at `next_sample`, all ranks: int64 (sequences_per_step,).
 
         They are the first ones from `next_sample` on that are in no skipped range.
         """
-        pieces, needed, number = [], self.sequences_per_step, next_sample
-        for start, stop in self._skipped:
-            n = min(max(start - number, 0), needed)
-            pieces.append(np.arange(number, number + n))
-            needed -= n
-            if needed == 0:
-                break
-            number = max(number, stop)
-        return np.concatenate([*pieces, np.arange(number, number + needed)]).astype(np.int64)
+        return numbers_of_step(next_sample, self.sequences_per_step, self._skipped)
 
     def advance(self, next_sample: int) -> int:
         """Return `next_sample` of the following step."""
@@ -301,7 +313,7 @@ def _check_sizes(context: int, sequences_per_step: int, micro_batch: int, world:
         )
 
 
-def _checked_ranges(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def checked_ranges(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     for start, stop in ranges:
         if not 0 <= start <= stop:
             raise UserError(

@@ -17,7 +17,7 @@ def fill_initial_values(model: nn.Module, *, seed: int) -> None:
     """Fill every parameter, plain or DTensor, with the values of model.initial_values, in bounded memory."""
     n_layers = len(model.blocks)
     for name, parameter in model.named_parameters():
-        local, offset = _local_box(parameter)
+        local, offset = local_box(parameter)
         if local.numel() == 0:
             continue
         rows_at_once = max(1, BUFFER_VALUES // max(1, math.prod(parameter.shape[1:])))
@@ -27,7 +27,7 @@ def fill_initial_values(model: nn.Module, *, seed: int) -> None:
             block.copy_(_initial_block(name, parameter.shape, block.shape, where, n_layers, seed))
 
 
-def _local_box(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def local_box(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a parameter and where it starts in the logical tensor."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()

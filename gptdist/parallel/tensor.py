@@ -5,6 +5,7 @@
     qkv, mlp.fc (and biases)      output rows           its kv heads with their queries; its hidden units
     attn.proj, mlp.proj           input columns         partial sums of the branch
     norms, wpe, proj biases       not                   its own positions of the residual stream
+    an adapter's A and B          as that side of its weight: a product as the weight's
 
 Between the matrix products each process has T/n positions of the residual stream (sequence parallelism): an all-gather
 over T leads into a block's branch, a reduce-scatter over T out of it; the backward of each is the other.
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import functional as F
 
 from gptdist import ops
-from gptdist.model import GPT, Whole
+from gptdist.model import GPT, Dropout, Linear, Whole
 
 ROWS, COLUMNS = Shard(0), Shard(1)
 
@@ -49,9 +50,9 @@ def shard_tensors(model: GPT, mesh: DeviceMesh) -> None:
 def placement_of(name: str) -> Placement:
     """How tensor parallelism divides the parameter of this name."""
     module, kind = name.split(".")[-2:]
-    if module in ("wte", "head", "qkv", "fc"):
+    if module in ("wte", "head", "qkv", "fc") and kind != "lora_A":
         return ROWS
-    if module == "proj" and kind == "weight":
+    if module == "proj" and kind in ("weight", "lora_A"):
         return COLUMNS
     return Replicate()
 
@@ -64,8 +65,8 @@ def is_replicated(parameter: Tensor) -> bool:
 class _LocalParameters(nn.Module):
     """Mixed into a module's class: a parameter that FSDP2 has gathered reads as this process's part, a plain tensor.
 
-    A replicated parameter meets this process's positions alone, so its gradients are to be summed over the group: they
-    are `Partial`, and FSDP2 turns that into the sum once per backward.
+    A replicated parameter meets this process's positions, or its part of a product, alone, so its gradients are to be
+    summed over the group: they are `Partial`, and FSDP2 turns that into the sum once per backward.
     """
 
     def __getattr__(self, name: str):
@@ -101,10 +102,13 @@ class TensorParallel(Whole):
     def enter(self, x: Tensor) -> Tensor:
         return _GatherPositions.apply(x, self.group)
 
-    def leave(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        x = _SumToOwn.apply(F.linear(x, proj.weight), self.group)
+    def leave(self, x: Tensor, proj: Linear, dropout: Dropout | None) -> Tensor:
+        x = _SumToOwn.apply(proj.product(x, dropout), self.group)
         bias = proj.bias
         return x if bias is None else x + bias
+
+    def computed_by_all(self, x: Tensor) -> Tensor:
+        return _CountOnce.apply(x, self.size)
 
     def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int,
                              ignore_index: int) -> Tensor:
@@ -152,6 +156,19 @@ class _SumToOwn(Function):
     @staticmethod
     def backward(ctx, dy):
         return _gather(dy, ctx.group), None
+
+
+class _CountOnce(Function):
+    """x, the same on all n processes; each has 1/n of the gradient, because what comes before sums over processes."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n = n
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy / ctx.n, None
 
 
 class _JoinVocabulary(Function):

@@ -9,24 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptdist import ops
+from gptdist.checkpoint.restore import read_config
 from gptdist.config import Config
 from gptdist.data.format import TokenDataset
 from gptdist.data.loader import Batch, PretrainSource, eval_batches
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
-from gptdist.model import Dropout, LanguageModel
+from gptdist.model import Dropout
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
+from gptdist.tasks.task import SAME_MODEL, Task, check_equal, check_tokenizer, resolve_steps
 
 
-class Pretrain:
-    """A task gives the trainer its model class, its batches, a loss per micro-batch and an evaluation."""
+class Pretrain(Task):
+    """The next word of every word, over windows of a prepared dataset."""
 
-    model_class = LanguageModel
+    fixed = (*Task.fixed, "data.shuffle", "data.document_mask")
 
     def __init__(self, config: Config, world: World):
-        self.world = world
+        super().__init__(config, world)
         train, val, self.tokenizer = open_data(config.data.path)
         self.config = resolve_vocab(config, self.tokenizer, train)
         if val is not None and len(val) < 2:
@@ -39,17 +40,24 @@ class Pretrain:
             micro_batch=config.train.micro_batch, rank=world.dp_rank, world=world.dp_size, seed=config.run.seed,
             shuffle=config.data.shuffle, document_mask=config.data.document_mask, eot=self.tokenizer.eot,
             skipped=config.data.skip)
+        self.config = resolve_steps(self.config, self.source.n_samples)
+
+    @property
+    def data_name(self) -> str:
+        return f"{self.config.data.path}/train"
+
+    def check_base(self, checkpoint: Path) -> None:
+        check_tokenizer(checkpoint, self.tokenizer, self.data_name)
+        saved = read_config(checkpoint)
+        for field in dataclasses.fields(saved.model):
+            # Another rotary context is a new run's choice; a learned position table has its own shape check.
+            if field.name not in ("dropout", "context"):
+                check_equal(checkpoint, saved, self.config, f"model.{field.name}", SAME_MODEL)
 
     def loss(self, strategy: Strategy, batch: Batch, key: Tensor | None) -> Tensor:
-        """Sum of the micro-batch's token losses in nats, () fp32. `key`: dropout key of the step, None: no dropout."""
-        p = self.config.model.dropout
-        dropout = Dropout(p, key, batch.sample_ids.to(self.world.device)) if p > 0 and key is not None else None
-        return loss_sum(strategy, batch, self.world.device, dropout)
+        return loss_sum(strategy, batch, self.world.device, self.dropout(batch, key))
 
-    def dropout_key(self, step: int) -> Tensor | None:
-        return ops.dropout_key(self.config.run.seed, step, self.world.device) if self.config.model.dropout else None
-
-    def evaluate(self, strategy: Strategy) -> float | None:
+    def evaluate(self, strategy: Strategy) -> dict[str, float] | None:
         """Mean validation loss in nats per token over all ranks; None without held-out data."""
         if self.val is None:
             return None
@@ -58,7 +66,7 @@ class Pretrain:
         with strategy.evaluating():
             sums = held_out_sums(strategy, batches, self.world.device)
         losses, count = self.world.sum(sums).tolist()
-        return losses / count if count else math.nan
+        return {"val_loss": losses / count if count else math.nan}
 
 
 def loss_sum(model: Callable[..., Tensor], batch: Batch, device: torch.device,

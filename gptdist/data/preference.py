@@ -1,0 +1,221 @@
+"""Pairs of answers to learn a preference from: a prompt, the answer that is chosen and one that is rejected.
+
+    texts      {"prompt": "...", "chosen": "...", "rejected": "..."}
+    Alpaca     {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}; `input` may be missing
+    messages   {"prompt": [messages], "chosen": [messages], "rejected": [messages]}; without `prompt` the chosen and the
+               rejected ones are whole conversations that differ in their last answer
+
+A file is a JSON list of such objects or has one a line (JSONL). Messages are {"role": ..., "content": ...}.
+The embedded pairs ask what a function of Python's standard library does: chosen is the first sentence of its docstring,
+rejected that of another function.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptdist.data.answers import Answered, cut
+from gptdist.data.examples import Example
+from gptdist.data.instructions import (
+    ASSISTANT,
+    USER,
+    Conversation,
+    Turn,
+    checked_text,
+    from_messages,
+    read_text,
+    records,
+    short,
+)
+from gptdist.data.loader import IGNORED
+from gptdist.data.order import SampleOrder
+from gptdist.data.questions import HELD_OUT_SHARE, documented_names, name_hash
+from gptdist.data.templates import Template, encode
+from gptdist.data.tokenizer import Tokenizer
+from gptdist.errors import UserError
+
+ASKED = "What does {name} do?"
+_ROLE, _CONTENT = "role", "content"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """`question` ends with the user's turn."""
+
+    question: Conversation
+    chosen: str
+    rejected: str
+
+    def answered(self, answer: str) -> Conversation:
+        return Conversation((*self.question.turns, Turn(ASSISTANT, answer)), self.question.system)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What a file holds. Pairs of equal answers, or with an empty chosen one, prefer nothing: left out, but counted."""
+
+    items: list[Preference]
+    left_out: int = 0
+    first_left_out: str = ""  # FILE:LINE
+
+    def note(self) -> str:
+        """One line about what was left out; "" if nothing was."""
+        if not self.left_out:
+            return ""
+        return (f"left out {self.left_out} of {len(self.items) + self.left_out} pairs whose answers are equal or whose "
+                f"chosen one is empty, the first at {self.first_left_out}")
+
+
+def read_preferences(path: str | Path) -> Preferences:
+    """All pairs of a file. Raises UserError with the file and line of anything that is not one."""
+    path = Path(path)
+    items, left_out, first_left_out = [], 0, ""
+    for line, record in records(path, read_text(path)):
+        where = f"{path}:{line}"
+        pair = _preference(record, where)
+        if pair.chosen.strip() and pair.chosen != pair.rejected:
+            items.append(pair)
+            continue
+        left_out += 1
+        first_left_out = first_left_out or where
+    if not items:
+        why = f"all {left_out} pairs have equal answers or an empty chosen one" if left_out else "no pairs"
+        raise UserError(f"{path}: {why}; expected a JSON list or JSONL of objects with prompt, chosen and rejected")
+    return Preferences(items, left_out, first_left_out)
+
+
+def _preference(record: object, where: str) -> Preference:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {short(record)}, expected a JSON object")
+    for key in ("chosen", "rejected"):
+        if key not in record:
+            raise UserError(f"{where}: no {key}; a pair has prompt (or instruction), chosen and rejected, this one has "
+                            f"{', '.join(map(str, record)) or 'no keys'}")
+    question = _question(record, where)
+    chosen, rejected = (_answer(record[key], where, key, question) for key in ("chosen", "rejected"))
+    if chosen.question() != rejected.question():
+        raise UserError(f"{where}: chosen and rejected answer different prompts; expected conversations that differ in "
+                        f"their last answer")
+    return Preference(chosen.question(), chosen.answer, rejected.answer)
+
+
+def _question(record: dict, where: str) -> Conversation | None:
+    """None: the answers are whole conversations."""
+    match record:
+        case {"prompt": list(messages)}:
+            return from_messages([*messages, {_ROLE: ASSISTANT, _CONTENT: ""}], where, "prompt", _ROLE,
+                                 _CONTENT).question()
+        case {"prompt": prompt}:
+            text, given = checked_text(prompt, where, "prompt"), ""
+        case {"instruction": instruction}:
+            text = checked_text(instruction, where, "instruction")
+            given = checked_text(record.get("input") or "", where, "input")
+        case _:
+            return None
+    if not text.strip():
+        raise UserError(f"{where}: the prompt is empty; expected what the answers answer")
+    return Conversation((Turn(USER, text, given),))
+
+
+def _answer(value: object, where: str, key: str, question: Conversation | None) -> Conversation:
+    """The conversation that ends with this answer."""
+    if not isinstance(value, list):
+        if question is None:
+            raise UserError(f"{where}: no prompt or instruction for the text in {key}; expected one of them")
+        return Preference(question, "", "").answered(checked_text(value, where, key))
+    begins = [{_ROLE: turn.role, _CONTENT: turn.text} for turn in question.turns] if question else []
+    first = value[0].get(_ROLE) if value and isinstance(value[0], dict) else None
+    if first != ASSISTANT:  # a whole conversation
+        begins = []
+    whole = from_messages([*begins, *value], where, key, _ROLE, _CONTENT)
+    if question is None:
+        return whole
+    if begins:
+        return Preference(question, "", "").answered(whole.answer)
+    if whole.question().turns != question.turns:
+        raise UserError(f"{where}: {key} is a conversation that does not begin with prompt; expected the prompt's "
+                        f"messages and an answer, or the answer alone")
+    return Preference(question, "", "").answered(whole.answer)
+
+
+def python_preferences() -> tuple[list[Preference], list[Preference]]:
+    """(training, held-out) embedded pairs, each in a fixed order."""
+    names = sorted(documented_names(), key=lambda pair: name_hash(pair[0]))
+    train, held_out = [], []
+    for (name, answer), (_, other) in zip(names, names[1:] + names[:1], strict=True):
+        if answer == other:
+            continue
+        pair = Preference(Conversation((Turn(USER, ASKED.format(name=name)),)), answer, other)
+        (held_out if name_hash(name) / 2**64 < HELD_OUT_SHARE else train).append(pair)
+    return train, held_out
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """All pairs as rows of training, and what the context made of them."""
+
+    rows: list[Example]  # chosen answer of pair 0, rejected one of pair 0, chosen one of pair 1, ...
+    left_out: int  # pairs with an answer that does not begin within the context, or alike there
+    context: int
+
+    def __len__(self) -> int:
+        return len(self.rows) // 2
+
+    def take(self, pairs: Sequence[int]) -> "EncodedPairs":
+        """These pairs, in this order."""
+        return dataclasses.replace(self, rows=[self.rows[2 * i + side] for i in pairs for side in (0, 1)])
+
+    def note(self) -> str:
+        """One line about what did not fit; "" if everything did."""
+        if not self.left_out:
+            return ""
+        return (f"left out {self.left_out} of {len(self) + self.left_out} pairs whose answers do not differ within "
+                f"model.context={self.context} tokens")
+
+
+def encode_preferences(pairs: Sequence[Preference], template: Template, tokenizer: Tokenizer, *, context: int,
+                       where: str) -> EncodedPairs:
+    """Encode and cut to `context` positions. Raises UserError if nothing is left of any pair."""
+    rows = []
+    for pair in pairs:
+        chosen, rejected = (_row(pair.answered(answer), template, tokenizer, context)
+                            for answer in (pair.chosen, pair.rejected))
+        if chosen and rejected and not _alike(chosen, rejected):
+            rows += [chosen, rejected]
+    if not rows:
+        raise UserError(f"{where}: none of {len(pairs)} pairs has answers that differ within model.context={context} "
+                        f"tokens: use a longer context, or a shorter template")
+    return EncodedPairs(rows, len(pairs) - len(rows) // 2, context)
+
+
+def _row(conversation: Conversation, template: Template, tokenizer: Tokenizer, context: int) -> Example | None:
+    """The conversation in tokens. Only those of the last answer are targets: answers before it are of the prompt."""
+    ids, is_answer = encode(template.render(conversation), tokenizer)
+    learned = np.array(is_answer, bool)
+    learned[:_last_run(learned)] = False
+    item = cut(Answered(np.array(ids, np.int64), learned), context)
+    if item is None:
+        return None
+    return Example(item.tokens[:-1], np.where(item.learned[1:], item.tokens[1:], IGNORED))
+
+
+def _last_run(mask: np.ndarray) -> int:
+    """Where the last run of True in `mask` begins."""
+    last = int(np.flatnonzero(mask)[-1])
+    before = np.flatnonzero(~mask[:last])
+    return int(before[-1]) + 1 if len(before) else 0
+
+
+def _alike(a: Example, b: Example) -> bool:
+    return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.targets, b.targets)
+
+
+def split_preferences(pairs: Sequence[Preference], fraction: float) -> tuple[list[Preference], list[Preference]]:
+    """(training, held-out) pairs: a share of them, the same for every run, spread over the file."""
+    n = round(fraction * len(pairs))
+    held_out = set(SampleOrder(len(pairs), 0).index(np.arange(n)).tolist()) if n else set()
+    return ([pair for i, pair in enumerate(pairs) if i not in held_out],
+            [pair for i, pair in enumerate(pairs) if i in held_out])
