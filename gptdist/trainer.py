@@ -212,8 +212,9 @@ class Trainer:
         start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
         self.console.print(
             f"{n / 1e6:.2f}M parameters, vocabulary {config.model.vocab_size}; {world.strategy}{tensor} on "
-            f"{world.size} x {world.device.type}, {config.train.precision}; {config.sequences_per_step} x {config.model.context} "
-            f"tokens per step; {self.task.source.n_samples} windows per epoch; {start}")
+            f"{world.size} x {world.device.type}, {config.train.precision}; "
+            f"{config.sequences_per_step} x {config.model.context} tokens per step; "
+            f"{self.task.source.n_samples} windows per epoch; {start}")
         self._flops_per_token = flops_per_token(config.model, n)
 
     # Steps
