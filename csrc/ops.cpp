@@ -1,5 +1,5 @@
-// Schemas and dispatch of the compiled ops. This file alone knows tensors, and only through torch's stable ABI, so that
-// one build serves every later torch. Kernels are torch-free: pointers and sizes.
+// The library gptdist_c: its schemas, and the CPU ops. This file and ops_cuda.cpp alone know tensors, and only through
+// torch's stable ABI, so that one build serves every later torch. Kernels are torch-free: pointers and sizes.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/bias_gelu.h"
+#include "schemas.h"
 
 namespace {
 
@@ -143,8 +144,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY(gptdist_c, m) {
-  m.def("bias_gelu_fwd(Tensor x, Tensor? bias) -> Tensor");
-  m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor, Tensor)");
+  for (const char* schema : gptdist::kSchemas) m.def(schema);
   m.def("cpu_isa(int level) -> int");
 }
 

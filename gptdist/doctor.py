@@ -81,14 +81,6 @@ def _devices() -> list[dict]:
     return devices
 
 
-def _cuda_reason() -> str:
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    return ""
-
-
 def _ops() -> list[dict]:
     """Per op and device type: the backend that runs, and the reason."""
     rows = []
@@ -96,7 +88,7 @@ def _ops() -> list[dict]:
         row = {"op": op}
         for device_type in ("cpu", "cuda"):
             choice = backends.choose(op, device_type)
-            missing = _cuda_reason() if device_type == "cuda" else ""
+            missing = backends.cuda_device_problem() if device_type == "cuda" else ""
             row[device_type] = {
                 "backend": "none" if missing else choice.backend,
                 "reason": missing or choice.reason,
@@ -109,6 +101,18 @@ def _library() -> dict:
     problem = backends.library_problem()
     isa = None if problem else ISA_NAMES[torch.ops.gptdist_c.cpu_isa(-1)]
     return {"path": str(backends.LIBRARY) if not problem else None, "problem": problem or None, "cpu_kernels": isa}
+
+
+def _cuda_library() -> dict:
+    """The library of the CUDA kernels, and the CUDA versions of its runtime and of the driver (None: no driver)."""
+    problem = backends.cuda_library_problem()
+    versions = None if problem else backends.cuda_versions()
+    return {
+        "path": str(backends.CUDA_LIBRARY) if not problem else None,
+        "problem": problem or None,
+        "runtime": backends.version(versions[0]) if versions else None,
+        "driver": backends.version(versions[1]) if versions and versions[1] else None,
+    }
 
 
 def _distributed() -> dict:
@@ -141,6 +145,7 @@ def collect() -> dict:
         "packages": {name: _package_version(name) for name in PACKAGES},
         "distributed": _distributed(),
         "library": _library(),
+        "cuda_library": _cuda_library(),
         "GPTDIST_OPS": os.environ.get("GPTDIST_OPS", ""),
         "ops": _ops(),
     }
@@ -148,19 +153,21 @@ def collect() -> dict:
 
 def _summary(found: dict) -> list[tuple[str, str]]:
     """Rows of the first table."""
-    cpu, library = found["cpu"], found["library"]
+    cpu, library, cuda = found["cpu"], found["library"], found["cuda_library"]
     devices = [f"{d['device']} {d['name']}, {d['memory_gib']} GiB, sm {d['capability']}" for d in found["devices"]]
     rows = [
         ("gptdist", found["gptdist"] or "not installed (running from its source)"),
         ("python", f"{found['python']} on {found['platform']}"),
         ("torch", f"{found['torch']['version']}, CUDA {found['torch']['cuda'] or 'not built in'}"),
-        ("devices", "\n".join(devices) or f"cpu only: {_cuda_reason()}"),
+        ("devices", "\n".join(devices) or f"cpu only: {backends.cuda_device_problem()}"),
         ("cpu", f"{cpu['model']}: {' '.join(cpu['features']) or 'features unknown'}"),
         ("threads", f"{cpu['torch_threads']} in torch, {cpu['usable_cores']} usable cores of {cpu['cores']}"),
         *((name, value or "not found") for name, value in found["tools"].items()),
         ("communication", ", ".join(name for name, there in found["distributed"].items() if there) or "none"),
         *((name, value or "not installed") for name, value in found["packages"].items() if name == "deepspeed"),
         ("C++ library", library["problem"] or f"{library['path']}, {library['cpu_kernels']} kernels"),
+        ("CUDA library", cuda["problem"] or f"{cuda['path']}, CUDA {cuda['runtime']}"),
+        ("CUDA driver", cuda["driver"] or "not found"),
     ]
     return rows
 
@@ -174,7 +181,7 @@ def _print_tables(found: dict) -> None:
     for name, value in _summary(found):
         summary.add_row(name, value)
     console.print(summary)
-    shown = ("cpu",) if _cuda_reason() else ("cpu", "cuda")
+    shown = ("cpu",) if backends.cuda_device_problem() else ("cpu", "cuda")
     ops = Table("op", *(name for device in shown for name in (f"on {device}", "why")), title="ops")
     for row in found["ops"]:
         ops.add_row(row["op"], *(row[device][field] for device in shown for field in ("backend", "reason")))

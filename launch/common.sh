@@ -2,6 +2,7 @@
 #
 #   GPTDIST_VENV   where the virtual environment goes (default: .venv in the project)
 #   PYTHON         the interpreter it is made from (default: python3; 3.11 or newer)
+#   GPTDIST_CUDA, GPTDIST_CUDA_ARCHS, CXX, CUDA_HOME   how the libraries are built: see setup.py
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${GPTDIST_VENV:-$ROOT/.venv}"
@@ -9,9 +10,27 @@ CONSTRAINTS="$ROOT/launch/constraints.txt"
 
 die() { echo "${0##*/}: $1" >&2; exit "${2:-3}"; }
 
-# set_up EXTRAS: virtual environment, packages, extension. Does nothing when nothing has changed since the last time.
+gpu_visible() { nvidia-smi -L 2> /dev/null | grep -q "^GPU"; }
+
+# build_settings: all but the sources that decides what the build makes, in one line.
+build_settings() {
+  echo "CXX=${CXX:-} CUDA_HOME=${CUDA_HOME:-} nvcc=$(command -v nvcc || true) GPTDIST_CUDA=${GPTDIST_CUDA:-}" \
+    "GPTDIST_CUDA_ARCHS=${GPTDIST_CUDA_ARCHS:-} GPTDIST_PTXVM=${GPTDIST_PTXVM:-}"
+}
+
+# built_enough STAMP: the last build was of these sources, and made all that is wanted now, or more.
+built_enough() {
+  local last="$VENV/.gptdist-build" stamp="" settings=""
+  { read -r stamp && read -r settings; } 2> /dev/null < "$last" || return 1
+  [ "$stamp" = "$1" ] || return 1
+  if [ "${GPTDIST_CUDA:-}" = 0 ] && [ "${GPTDIST_PTXVM:-}" != 1 ]; then return 0; fi  # every build makes the C++ library
+  if [ "${GPTDIST_PTXVM:-}" = 1 ] && [ ! -f gptdist/_ptxvm.so ]; then return 1; fi  # a build by hand took it away
+  [ "$settings" = "$(build_settings)" ] || [ "$settings" = "$(GPTDIST_PTXVM=1 build_settings)" ]
+}
+
+# set_up EXTRAS: virtual environment, packages, libraries. Does nothing when nothing has changed since the last time.
 set_up() {
-  local extras="$1" python="${PYTHON:-python3}" stamp done
+  local extras="$1" python="${PYTHON:-python3}" stamp installed
   cd "$ROOT"
   if [ ! -x "$VENV/bin/python" ]; then
     command -v "$python" > /dev/null || die "no $python here: install Python 3.11 or newer, or set PYTHON"
@@ -21,16 +40,19 @@ set_up() {
     "$python" -m venv "$VENV" || die "cannot make $VENV: is the venv module there (Debian: apt-get install python3-venv)?"
   fi
   export PATH="$VENV/bin:$PATH"
-  stamp="$({ echo "${CXX:-}"; cat setup.py pyproject.toml "$CONSTRAINTS"; find csrc -type f -exec cat {} +; } \
-    | sha256sum | cut -d' ' -f1)"
-  for done in "$extras" test,deepspeed; do  # the tests' set-up holds all the others
-    if [ "$(cat "$VENV/.gptdist-$done" 2> /dev/null)" = "$stamp" ]; then return; fi
-  done
+  stamp="$({ cat setup.py pyproject.toml "$CONSTRAINTS"; find csrc -type f -exec cat {} +; } | sha256sum | cut -d' ' -f1)"
+  if built_enough "$stamp"; then
+    for installed in "$extras" test,deepspeed; do  # the tests' packages are all the others' and more
+      if [ "$(cat "$VENV/.gptdist-$installed" 2> /dev/null)" = "$stamp" ]; then return; fi
+    done
+  fi
   echo "installing packages (the first time this downloads torch)"
-  # torch and the build tools first: the extension is compiled against the torch that will load it.
+  rm -f "$VENV/.gptdist-build"
+  # torch and the build tools first: the libraries are compiled against the torch that will load them.
   "$VENV/bin/python" -m pip install -q -c "$CONSTRAINTS" torch setuptools wheel ninja pybind11 numpy
   "$VENV/bin/python" -m pip install -q -c "$CONSTRAINTS" --no-build-isolation -e ".${extras:+[$extras]}"
   echo "$stamp" > "$VENV/.gptdist-$extras"
+  printf '%s\n' "$stamp" "$(build_settings)" > "$VENV/.gptdist-build"
 }
 
 # job_exit_code RUN_DIR FALLBACK: the code a failed worker recorded (torchrun turns every failure into 1).

@@ -17,6 +17,7 @@ train() {
   }
 }
 
+gpu_visible || export GPTDIST_CUDA="${GPTDIST_CUDA-0}"
 set_up ""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 started=$SECONDS

@@ -7,5 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 which=(-m "not long")
 if [ "${1:-}" = "--all" ]; then which=(); shift; fi
+export GPTDIST_PTXVM=1  # CUDA kernels are tested without a GPU, from their PTX
+gpu_visible || export GPTDIST_CUDA_ARCHS="${GPTDIST_CUDA_ARCHS-ptx}"  # machine code that nothing here runs takes longest
 set_up test,deepspeed
 exec python -m pytest -q "${which[@]}" "$@"

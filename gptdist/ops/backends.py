@@ -1,11 +1,13 @@
 """Which implementation of an op runs: `cuda`, `cpu` (C++), or `reference` (pure PyTorch), and why.
 
-The choice is made per call from the tensor's device and dtype; nothing is loaded at import. `GPTDIST_OPS=reference`
-forces the reference everywhere. A library that is missing or does not load is a reason, never an error.
+The choice is made per call from the tensor's device, dtype and shape; nothing is loaded at import.
+`GPTDIST_OPS=reference` forces the reference everywhere. A library that is missing or does not load is a reason, never
+an error.
 """
 
 import functools
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +30,38 @@ OPS = (
 )
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / "_C.so"
-BUILD_ERROR = PACKAGE / "_build_error.txt"  # written by setup.py: one line, why the last build failed
+CUDA_LIBRARY = PACKAGE / "_C_cuda.so"
+BUILD_ERROR = PACKAGE / "_build_error.txt"  # written by setup.py: for each library whose build failed a line, why
 
-# Which compiled ops exist, and the dtypes each takes.
+# Widths that the CUDA kernels take (csrc/cuda/kernels.h), and the alignment in bytes that they want of every tensor.
+WIDTH_STEP, MIN_WIDTH, MAX_WIDTH = 8, 64, 16384
+ALIGNMENT = 16
+OLDEST_GPU = (8, 0)  # compute capability; setup.py compiles for it and newer ones
+
+
+class Kernel(NamedTuple):
+    """What a compiled op takes: `dtypes`, and `limits` of its shapes in words."""
+
+    dtypes: tuple[torch.dtype, ...]
+    limits: str = ""
+
+    def __str__(self):
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return dtypes + (f"; {self.limits}" if self.limits else "")
+
+
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
 COMPILED = {
-    "cpu": {"bias_gelu": (torch.float32, torch.bfloat16)},
-    "cuda": {},
+    "cpu": {"bias_gelu": Kernel((torch.float32, torch.bfloat16))},
+    "cuda": {
+        "layer_norm": _NORM,
+        "residual_layer_norm": _NORM,
+        "bias_gelu": Kernel(_HALVES, f"width in multiples of {WIDTH_STEP}"),
+        "cross_entropy": Kernel(_HALVES),
+        "linear_cross_entropy": Kernel(_HALVES),
+        "dropout": Kernel(_HALVES),
+    },
 }
 
 
@@ -52,33 +80,144 @@ def forced_reference() -> bool:
     return value == "reference"
 
 
-@functools.cache
-def library_problem() -> str:
-    """Load the C++ library once; the empty string, or why it is not there."""
-    if not LIBRARY.exists():
-        if BUILD_ERROR.exists():
-            return f"not built: {BUILD_ERROR.read_text().strip()}"
-        return f"not built: {LIBRARY} is missing (pip install --no-build-isolation -e . builds it)"
+def _load(library: Path) -> str:
+    """Load a library; the empty string, or why it is not there."""
+    if not library.exists():
+        notes = BUILD_ERROR.read_text().splitlines() if BUILD_ERROR.exists() else []
+        for name, _, cause in (line.partition(": ") for line in notes):
+            if name == library.stem:
+                return f"not built: {cause}"
+        return f"not built: {library} is missing (pip install --no-build-isolation -e . builds it)"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY} does not load: {str(error).splitlines()[0]}"
+        return f"{library} does not load: {str(error).splitlines()[0]}"
     return ""
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype | None = None) -> Choice:
-    """The backend that `op` runs on for a device type and, where given, a dtype."""
+@functools.cache
+def library_problem() -> str:
+    """Load the C++ library once; the empty string, or why it is not there."""
+    return _load(LIBRARY)
+
+
+@functools.cache
+def cuda_library_problem() -> str:
+    """Load the CUDA library once, which needs the C++ one for its schemas. It loads on machines without a GPU too."""
+    return library_problem() or _load(CUDA_LIBRARY)
+
+
+def cuda_device_problem() -> str:
+    """Why torch sees no CUDA device, or the empty string."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return ""
+
+
+@functools.cache
+def cuda_problem(index: int) -> str:
+    """Why the CUDA kernels do not run on device `index`, or the empty string."""
+    problem = cuda_device_problem() or cuda_library_problem()
+    if problem:
+        return problem
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_GPU:
+        return "GPU {} has compute capability {}.{}, the kernels need {}.{}".format(index, *capability, *OLDEST_GPU)
+    runtime, driver = cuda_versions()
+    if driver // 1000 >= runtime // 1000:
+        return ""
+    return f"the driver is for CUDA {version(driver)}, {CUDA_LIBRARY.name} was built with CUDA {version(runtime)}"
+
+
+def cuda_versions() -> tuple[int, int]:
+    """Of the runtime in the loaded CUDA library and of the driver: 1000 major + 10 minor, 0 for none."""
+    return torch.ops.gptdist_c.cuda_versions()
+
+
+def version(number: int) -> str:
+    """13000 -> '13.0'."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def choose(op: str, device: torch.device | str, dtype: torch.dtype | None = None, misfit: str = "") -> Choice:
+    """The backend that `op` runs on for a device and, where given, a dtype.
+
+    misfit: why a tensor's shape does not suit the CUDA kernel, or the empty string (see width_misfit).
+    """
     if forced_reference():
         return Choice("reference", "forced by GPTDIST_OPS=reference")
-    dtypes = COMPILED.get(device_type, {}).get(op)
-    if dtypes is None:
-        return Choice("reference", f"no {device_type} kernel for this op")
-    if dtype is not None and dtype not in dtypes:
-        return Choice("reference", f"the {device_type} kernel does not take {dtype}")
-    problem = library_problem()
+    device = torch.device(device)
+    backend = "cuda" if _test_device else device.type
+    kernel = COMPILED.get(backend, {}).get(op)
+    if kernel is None:
+        return Choice("reference", f"no {backend} kernel for this op")
+    if dtype is not None and dtype not in kernel.dtypes:
+        return Choice("reference", f"the {backend} kernel does not take {dtype}")
+    if backend == "cuda" and misfit:
+        return Choice("reference", misfit)
+    problem = _problem(device)
     if problem:
         return Choice("reference", problem)
-    return Choice(device_type, "takes " + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return Choice(backend, f"takes {kernel}")
+
+
+def _problem(device: torch.device) -> str:
+    """Why the library that a device's kernels are in cannot be used, or the empty string."""
+    if _test_device:
+        return ""
+    if device.type != "cuda":
+        return library_problem()
+    if device.index is None:
+        return cuda_device_problem() or cuda_problem(torch.cuda.current_device())
+    return cuda_problem(device.index)
+
+
+def width_misfit(width: int, least: int = WIDTH_STEP, most: int = (1 << 31) - 1) -> str:
+    """Why the CUDA kernels do not take rows of `width` elements, or the empty string."""
+    if least <= width <= most and width % WIDTH_STEP == 0:
+        return ""
+    return f"width {width} is no multiple of {WIDTH_STEP} from {least} to {most}"
+
+
+def norm_misfit(width: int) -> str:
+    return width_misfit(width, MIN_WIDTH, MAX_WIDTH)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x as the CUDA kernels want it, contiguous and from a multiple of ALIGNMENT bytes: itself or a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def cuda_parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight or bias as the CUDA kernels take it beside tensors of `dtype`: in `dtype` or fp32."""
+    return aligned(x if x.dtype == dtype else x.float())
+
+
+# The CUDA kernels on CPU tensors, for tests.
+
+_test_device = False
+
+
+@contextmanager
+def test_device():
+    """Inside, ops on CPU tensors run as on a CUDA device, by the kernels of the loaded library gptdist/_vm.so.
+
+    What the tests run a whole model with (tests/cuda_vm.py). Not for threads.
+    """
+    global _test_device
+    _test_device = True
+    try:
+        yield
+    finally:
+        _test_device = False
+
+
+def cuda_kernels():
+    """The namespace of the compiled ops that a choice of `cuda` means."""
+    return torch.ops.gptdist_vm if _test_device else torch.ops.gptdist_c
 
 
 def custom_op(name: str):

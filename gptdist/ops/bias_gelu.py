@@ -10,7 +10,7 @@ fp32 arithmetic for every dtype but float64. Source: Hendrycks and Gimpel (2016)
 import torch
 import torch.nn.functional as F
 
-from .backends import choose, compute_dtype, custom_op
+from .backends import aligned, choose, compute_dtype, cuda_kernels, cuda_parameter, custom_op, width_misfit
 
 
 def reference_forward(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -32,16 +32,28 @@ def reference_backward(
     return dh.to(x.dtype), dbias
 
 
+def _backend(x):
+    return choose("bias_gelu", x.device, x.dtype, width_misfit(x.shape[-1])).backend
+
+
 @custom_op("gptdist::bias_gelu_fwd")
 def _fwd(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if choose("bias_gelu", x.device.type, x.dtype).backend == "cpu":
+    backend = _backend(x)
+    if backend == "cuda":
+        return cuda_kernels().bias_gelu_fwd(aligned(x), None if bias is None else cuda_parameter(bias, x.dtype))
+    if backend == "cpu":
         return torch.ops.gptdist_c.bias_gelu_fwd(x.contiguous(), None if bias is None else bias.float().contiguous())
     return reference_forward(x, bias).contiguous()
 
 
 @custom_op("gptdist::bias_gelu_bwd")
 def _bwd(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if choose("bias_gelu", x.device.type, x.dtype).backend == "cpu":
+    backend = _backend(x)
+    if backend == "cuda":
+        bias_in = None if bias is None else cuda_parameter(bias, x.dtype)
+        dx, dbias = cuda_kernels().bias_gelu_bwd(aligned(dy.to(x.dtype)), aligned(x), bias_in)
+        return dx, x.new_empty(0) if bias is None else dbias.to(bias.dtype)
+    if backend == "cpu":
         fp32_bias = None if bias is None else bias.float().contiguous()
         dx, dbias = torch.ops.gptdist_c.bias_gelu_bwd(dy.to(x.dtype).contiguous(), x.contiguous(), fp32_bias)
         return dx, x.new_empty(0) if bias is None else dbias.to(bias.dtype)

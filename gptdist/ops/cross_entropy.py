@@ -12,14 +12,17 @@ Sources: Wijmans et al., "Cut your losses" (2024), section 4; Liger-Kernel's fus
 
 import torch
 
-from .backends import compute_dtype, custom_op
+from .backends import ALIGNMENT, aligned, choose, compute_dtype, cuda_kernels, custom_op
 
 BUFFER_ELEMENTS = 1 << 24  # 64 MiB of fp32: 333 rows of GPT-2's vocabulary, enough rows to keep a GEMM efficient
 LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
+# For the CUDA kernels slices of (N,) start at multiples of 16 bytes, and so do rows of the buffer; GEMMs like both.
+CUDA_ROWS, CUDA_COLUMNS = 64, 8
 
 
-def _chunks(rows: int, width: int) -> list[slice]:
-    step = max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width))
+def _chunks(rows: int, width: int, multiple: int = 1) -> list[slice]:
+    """Slices of `rows`, each but the last of a number of rows that `multiple` divides."""
+    step = max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)) // multiple * multiple
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -52,10 +55,18 @@ def _logit_gradients_(logits, targets, lse, dloss, ignore_index):
 # cross_entropy
 
 
+def _readable_rows(logits):
+    """logits as the CUDA forward reads them, which may have a stride between rows: themselves or a copy."""
+    rows_lie_apart = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+    return logits if rows_lie_apart and logits.data_ptr() % ALIGNMENT == 0 else aligned(logits)
+
+
 @custom_op("gptdist::cross_entropy_fwd")
 def _fwd(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     N, V = logits.shape
     _check_range("cross_entropy", targets, V, ignore_index)
+    if choose("cross_entropy", logits.device, logits.dtype).backend == "cuda":
+        return cuda_kernels().cross_entropy_fwd(_readable_rows(logits), aligned(targets), ignore_index)
     compute = compute_dtype(logits.dtype)
     loss = logits.new_empty(N, dtype=compute)
     lse = torch.empty_like(loss)
@@ -68,6 +79,9 @@ def _fwd(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tupl
 def _bwd(
     dloss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
+    if choose("cross_entropy", logits.device, logits.dtype).backend == "cuda":
+        tensors = aligned(dloss.float()), aligned(logits), aligned(targets), aligned(lse)
+        return cuda_kernels().cross_entropy_bwd(*tensors, ignore_index)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows in _chunks(*logits.shape):
         scratch = logits[rows].to(lse.dtype, copy=True)
@@ -112,18 +126,31 @@ def _linear_fwd(
     lse = torch.empty_like(loss)
     # Padding rows of W never take part: their logits would be -inf, their probability and gradient zero.
     w = weight[:vocab_size].to(hidden.dtype)  # (V, C)
+    on_cuda = _linear_on_cuda(hidden)
+    targets = aligned(targets) if on_cuda else targets
     buffer = None
-    for rows in _chunks(N, vocab_size):
-        buffer, logits = _logits(hidden[rows], w, buffer)
-        loss[rows], lse[rows] = _losses(logits.to(compute), targets[rows], ignore_index)
+    for rows in _chunks(N, vocab_size, CUDA_ROWS if on_cuda else 1):
+        buffer, logits = _logits(hidden[rows], w, buffer, CUDA_COLUMNS if on_cuda else 1)
+        if on_cuda:
+            loss[rows], lse[rows] = cuda_kernels().cross_entropy_fwd(logits, targets[rows], ignore_index)
+        else:
+            loss[rows], lse[rows] = _losses(logits.to(compute), targets[rows], ignore_index)
     return loss, lse
 
 
-def _logits(h, w, buffer):
-    """(buffer, logits (n, V)): one buffer serves every chunk, the first being the largest."""
+def _linear_on_cuda(hidden):
+    return choose("linear_cross_entropy", hidden.device, hidden.dtype).backend == "cuda"
+
+
+def _logits(h, w, buffer, multiple=1):
+    """(buffer, logits (n, V)): one buffer serves every chunk, the first being the largest.
+
+    Its rows begin at multiples of `multiple` elements.
+    """
+    V = w.shape[0]
     if buffer is None:
-        buffer = h.new_empty(h.shape[0], w.shape[0])
-    return buffer, torch.mm(h, w.t(), out=buffer[: h.shape[0]])
+        buffer = h.new_empty(h.shape[0], -(-V // multiple) * multiple)
+    return buffer, torch.mm(h, w.t(), out=buffer[: h.shape[0], :V])
 
 
 @custom_op("gptdist::linear_cross_entropy_bwd")
@@ -141,12 +168,19 @@ def _linear_bwd(
     dhidden, _ = _linear_gradients(hidden, weight, need_hidden, need_weight)
     dweight = weight.new_zeros(weight.shape if need_weight else 0, dtype=lse.dtype)
     w = weight[:vocab_size].to(hidden.dtype)
+    on_cuda = _linear_on_cuda(hidden)
+    if on_cuda:
+        dloss, targets, lse = aligned(dloss.float()), aligned(targets), aligned(lse)
     buffer = None
-    for rows in _chunks(hidden.shape[0], vocab_size):
+    for rows in _chunks(hidden.shape[0], vocab_size, CUDA_ROWS if on_cuda else 1):
         h = hidden[rows]
-        buffer, logits = _logits(h, w, buffer)
-        dlogits = _logit_gradients_(logits.to(lse.dtype), targets[rows], lse[rows], dloss[rows], ignore_index)
-        dlogits = dlogits.to(hidden.dtype)
+        buffer, logits = _logits(h, w, buffer, CUDA_COLUMNS if on_cuda else 1)
+        if on_cuda:  # the buffer's logits become their gradient
+            dlogits = logits
+            cuda_kernels().cross_entropy_bwd_(dloss[rows], logits, targets[rows], lse[rows], ignore_index)
+        else:
+            dlogits = _logit_gradients_(logits.to(lse.dtype), targets[rows], lse[rows], dloss[rows], ignore_index)
+            dlogits = dlogits.to(hidden.dtype)
         if need_hidden:
             torch.mm(dlogits, w, out=dhidden[rows])
         if need_weight and dlogits.dtype == dweight.dtype:
@@ -217,7 +251,7 @@ def linear_cross_entropy(
 
     hidden: (N, C). weight: (V, C); rows at and beyond `vocab_size` are padding, with logits of -inf. targets: int64
     (N,). Products run in hidden's dtype. Raises ValueError for arguments that do not fit, and on a CPU for a target
-    out of range.
+    out of range; the CUDA kernels make the loss and gradients of such a row NaN.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

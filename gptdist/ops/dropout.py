@@ -6,7 +6,7 @@ Reads x, writes y; nothing is saved but the key. Reference: Srivastava et al., J
 
 import torch
 
-from .backends import custom_op
+from .backends import aligned, choose, cuda_kernels, custom_op
 from .random import check_randomness, keep_mask
 
 
@@ -14,6 +14,8 @@ from .random import check_randomness, keep_mask
 def _dropout(
     x: torch.Tensor, p: float, key: torch.Tensor, sample_ids: torch.Tensor, site: int, row_offset: int
 ) -> torch.Tensor:
+    if choose("dropout", x.device, x.dtype).backend == "cuda":
+        return cuda_kernels().dropout(aligned(x), p, aligned(key), aligned(sample_ids), site, row_offset)
     _, T, C = x.shape
     rows = torch.arange(row_offset, row_offset + T, device=x.device)
     keep = keep_mask(key.reshape(()), p, sample_ids, site, torch.zeros_like(sample_ids), rows, C)  # (B, T, C)

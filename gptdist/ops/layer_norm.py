@@ -11,7 +11,7 @@ Source: Ba, Kiros, Hinton, "Layer normalization" (2016), section 3.
 
 import torch
 
-from .backends import compute_dtype, custom_op
+from .backends import aligned, choose, compute_dtype, cuda_kernels, cuda_parameter, custom_op, norm_misfit
 
 
 def _normalise(x, weight, bias, eps):
@@ -40,6 +40,22 @@ def _gradients(dy, x, mean, rstd, weight, bias):
     return dx, dweight.to(weight.dtype), dbias
 
 
+def _on_cuda(op, x):
+    return choose(op, x.device, x.dtype, norm_misfit(x.shape[-1])).backend == "cuda"
+
+
+def _cuda_parameters(weight, bias, dtype):
+    """weight and bias in one dtype that the CUDA kernels take beside activations of `dtype`."""
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
+    return cuda_parameter(weight, dtype), None if bias is None else cuda_parameter(bias, dtype)
+
+
+def _like_parameters(dweight, dbias, weight, bias):
+    """fp32 gradients in their parameter's dtype (dbias empty without a bias)."""
+    return dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
+
+
 def _empty_statistics(x):
     return x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
 
@@ -59,6 +75,8 @@ def _empty_parameters(weight, bias):
 def _fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _on_cuda("layer_norm", x):
+        return cuda_kernels().layer_norm_fwd(aligned(x), *_cuda_parameters(weight, bias, x.dtype), eps)
     y, mean, rstd = _normalise(x, weight, bias, eps)
     return y.to(x.dtype), mean, rstd
 
@@ -72,6 +90,16 @@ def _bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _on_cuda("layer_norm", x):
+        dx, dweight, dbias = cuda_kernels().layer_norm_bwd(
+            aligned(dy.to(x.dtype)),
+            aligned(x),
+            aligned(mean),
+            aligned(rstd),
+            cuda_parameter(weight, x.dtype),
+            bias is not None,
+        )
+        return dx, *_like_parameters(dweight, dbias, weight, bias)
     dx, dweight, dbias = _gradients(dy, x, mean, rstd, weight, bias)
     return dx.to(x.dtype), dweight, dbias
 
@@ -108,6 +136,10 @@ _fwd.register_autograd(_backward, setup_context=_setup)
 def _residual_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _on_cuda("residual_layer_norm", x) and residual.dtype != torch.float64:
+        r = aligned(residual.to(torch.promote_types(x.dtype, residual.dtype)))
+        parameters = _cuda_parameters(weight, bias, x.dtype)
+        return cuda_kernels().residual_layer_norm_fwd(aligned(x), r, *parameters, eps)
     s = (x + residual).contiguous()
     y, mean, rstd = _normalise(s, weight, bias, eps)
     return y.to(x.dtype), s, mean, rstd
@@ -123,6 +155,18 @@ def _residual_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if _on_cuda("residual_layer_norm", s):
+        dy = dy if s.dtype == torch.float32 else dy.to(s.dtype)  # kernels take dy in s's dtype or a narrower one
+        dx, dweight, dbias = cuda_kernels().residual_layer_norm_bwd(
+            aligned(dy),
+            aligned(ds.to(s.dtype)),
+            aligned(s),
+            aligned(mean),
+            aligned(rstd),
+            cuda_parameter(weight, dy.dtype),
+            bias is not None,
+        )
+        return dx, *_like_parameters(dweight, dbias, weight, bias)
     dx, dweight, dbias = _gradients(dy, s, mean, rstd, weight, bias)
     return dx.add_(ds).to(s.dtype), dweight, dbias
 

@@ -1,0 +1,136 @@
+// The CUDA kernels' host interface: pointers, sizes, a stream. No tensors, no CUDA headers.
+//
+// Every function launches on `stream`, does not wait, allocates nothing, and returns nullptr or a sentence that says
+// what was wrong. Arguments were checked by the caller (ops_cuda.cpp): pointers are 16-byte aligned, rows contiguous.
+// Zero rows launch nothing. Offsets are 64-bit: more than 2^31 elements are allowed.
+#pragma once
+
+#include <cstdint>
+
+namespace gptdist::cuda {
+
+using Stream = void*;        // cudaStream_t
+using Error = const char*;   // nullptr: none; static storage
+
+enum class Dtype : int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+
+inline int32_t bytes_of(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : 2; }
+
+// Widths that the row-wise kernels (layer norm) take: kWidthStep divides the width, kMinWidth <= width <= kMaxWidth.
+constexpr int32_t kWidthStep = 8, kMinWidth = 64, kMaxWidth = 16384;
+
+// layer_norm.cu
+
+struct LayerNormForward {
+  Dtype dtype;            // of x and y
+  Dtype sum_dtype;        // of residual and sum: dtype or fp32 (ignored where residual is nullptr)
+  Dtype parameter_dtype;  // of weight and bias: dtype or fp32
+  const void* x;          // [rows, width]
+  const void* residual;   // [rows, width], or nullptr
+  const void* weight;     // [width]
+  const void* bias;       // [width], or nullptr
+  void* y;                // [rows, width], overwritten
+  void* sum;              // [rows, width] x + residual, overwritten; nullptr where residual is
+  float* mean;            // [rows] fp32, overwritten
+  float* rstd;            // [rows] fp32, overwritten
+  int64_t rows;
+  int32_t width;
+  float eps;
+};
+Error layer_norm_forward(const LayerNormForward& args, Stream stream);
+
+struct LayerNormBackward {
+  Dtype dtype;            // of dy
+  Dtype sum_dtype;        // of s, ds and dx: dtype or fp32
+  Dtype parameter_dtype;  // of weight
+  const void* dy;         // [rows, width]
+  const void* s;          // [rows, width] what was normalised: x, or x + residual
+  const void* ds;         // [rows, width] gradient that reaches s beside the norm, added to dx; or nullptr
+  const void* weight;     // [width]
+  const float* mean;      // [rows]
+  const float* rstd;      // [rows]
+  void* dx;               // [rows, width], overwritten
+  float* partials;        // [layer_norm_partials(rows, width), 2, width] scratch: sums of dy xhat, of dy
+  float* dweight;         // [width] fp32, overwritten
+  float* dbias;           // [width] fp32, overwritten; or nullptr
+  int64_t rows;
+  int32_t width;
+};
+// Blocks of rows whose parameter gradients are summed apart. A function of the shape alone: the same bits on any GPU.
+int32_t layer_norm_partials(int64_t rows, int32_t width);
+Error layer_norm_backward(const LayerNormBackward& args, Stream stream);
+
+// bias_gelu.cu
+
+struct BiasGeluForward {
+  Dtype dtype;            // of x and y
+  Dtype parameter_dtype;  // of bias: dtype or fp32
+  const void* x;          // [rows, width]; width a multiple of kWidthStep
+  const void* bias;       // [width], or nullptr
+  void* y;                // [rows, width], overwritten
+  int64_t rows;
+  int32_t width;
+};
+Error bias_gelu_forward(const BiasGeluForward& args, Stream stream);
+
+struct BiasGeluBackward {
+  Dtype dtype;            // of dy, x and dx
+  Dtype parameter_dtype;  // of bias
+  const void* dy;         // [rows, width]
+  const void* x;          // [rows, width]
+  const void* bias;       // [width], or nullptr
+  void* dx;               // [rows, width], overwritten
+  float* partials;        // [bias_gelu_partials(rows, width), width] scratch; nullptr where no bias gradient is wanted
+  float* dbias;           // [width] fp32, overwritten; nullptr where partials is
+  int64_t rows;
+  int32_t width;
+};
+int32_t bias_gelu_partials(int64_t rows, int32_t width);
+Error bias_gelu_backward(const BiasGeluBackward& args, Stream stream);
+
+// cross_entropy.cu. Any vocabulary and any row_stride >= vocabulary: rows need not be 16-byte aligned, the base is.
+// A target outside [0, vocabulary) that is not ignore_index makes the row's loss and gradients NaN: no wait for the
+// device to report it.
+
+struct CrossEntropyForward {
+  Dtype dtype;             // of logits
+  const void* logits;      // [rows, vocabulary], row_stride elements from row to row
+  const int64_t* targets;  // [rows]
+  float* loss;             // [rows] fp32, overwritten; 0 where the target is ignore_index
+  float* lse;              // [rows] fp32, overwritten: log-sum-exp of the row
+  int64_t rows, row_stride;
+  int32_t vocabulary;
+  int64_t ignore_index;
+};
+Error cross_entropy_forward(const CrossEntropyForward& args, Stream stream);
+
+struct CrossEntropyBackward {
+  Dtype dtype;             // of logits and dlogits
+  const void* logits;      // [rows, vocabulary]
+  const int64_t* targets;  // [rows]
+  const float* lse;        // [rows]
+  const float* dloss;      // [rows] fp32
+  void* dlogits;           // [rows, vocabulary], overwritten; may be logits itself (a buffer private to the op)
+  int64_t rows, row_stride;  // of both
+  int32_t vocabulary;
+  int64_t ignore_index;
+};
+Error cross_entropy_backward(const CrossEntropyBackward& args, Stream stream);
+
+// dropout.cu: its backward is the same function on the gradient. Masks: gptdist/ops/random.py, bit for bit.
+
+struct Dropout {
+  Dtype dtype;
+  const void* x;              // [batch, positions, channels]
+  const int64_t* key;         // [1], on the device: a changing step needs no new launch arguments
+  const int64_t* sample_ids;  // [batch]
+  void* y;                    // like x, overwritten
+  int64_t batch, positions;
+  int32_t channels;           // any; rows need not be 16-byte aligned where it is not a multiple of kWidthStep
+  uint32_t threshold;         // kept iff random word >= threshold = floor(p 2^32)
+  float scale;                // 1 / (1 - p)
+  int32_t site, row_offset;
+};
+Error dropout(const Dropout& args, Stream stream);
+
+}  // namespace gptdist::cuda

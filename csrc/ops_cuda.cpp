@@ -1,0 +1,454 @@
+// The CUDA ops: argument checks, outputs, scratch memory and launches, through torch's stable ABI alone. The kernels'
+// launchers (cuda/kernels.h) get pointers, sizes and a stream.
+//
+// ptxvm/test_device.cpp compiles this file once more, for CPU tensors and kernels that run on the PTX machine. All that
+// differs is in the device header.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <climits>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#ifdef GPTDIST_TEST_DEVICE
+#include "ptxvm/test_device.h"
+#else
+#include "cuda_device.h"
+#endif
+
+#include "cuda/kernels.h"
+
+namespace gptdist {
+namespace {
+
+using cuda::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAlignment = 16;  // bytes: kernels read and write 16-byte vectors
+
+std::string dtype_name(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+std::string device_name(const Tensor& x) {
+  if (x.is_cpu()) return "cpu";
+  return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another kind of device";
+}
+
+std::string shape_name(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + ")";
+}
+
+// One call of an op. Every tensor passes through here on its way to a pointer: its device, dtype and layout are checked,
+// and the test device learns what the kernels may read and write.
+class Call {
+ public:
+  // `x` decides the device.
+  Call(const char* op, const Tensor& x) : op_(op), x_(x), scope_((check_device(op, x), x)) {}
+
+  cuda::Stream stream() const { return scope_.stream(); }
+
+  void launched(cuda::Error error) const { STD_TORCH_CHECK(error == nullptr, op_, ": ", error); }
+
+  Dtype float_dtype(const Tensor& t, const char* name) const {
+    switch (t.scalar_type()) {
+      case ScalarType::Float: return Dtype::kFp32;
+      case ScalarType::BFloat16: return Dtype::kBf16;
+      case ScalarType::Half: return Dtype::kFp16;
+      default: break;
+    }
+    STD_TORCH_CHECK(false, op_, ": ", name, " is ", dtype_name(t), ", expected float32, bfloat16 or float16");
+  }
+
+  // `dtype`, or fp32.
+  Dtype dtype_or_fp32(const Tensor& t, const char* name, Dtype dtype, const char* of) const {
+    const Dtype got = float_dtype(t, name);
+    STD_TORCH_CHECK(got == dtype || got == Dtype::kFp32, op_, ": ", name, " is ", dtype_name(t), ", expected ", of,
+                    "'s dtype or float32");
+    return got;
+  }
+
+  void dtype(const Tensor& t, const char* name, ScalarType wanted, const char* wanted_name) const {
+    STD_TORCH_CHECK(t.scalar_type() == wanted, op_, ": ", name, " is ", dtype_name(t), ", expected ", wanted_name);
+  }
+
+  void same_dtype(const Tensor& t, const char* name, const Tensor& like, const char* like_name) const {
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op_, ": ", name, " is ", dtype_name(t), ", expected ",
+                    dtype_name(like), " as ", like_name);
+  }
+
+  void elements(const Tensor& t, const char* name, int64_t wanted, const char* symbol) const {
+    STD_TORCH_CHECK(t.numel() == wanted, op_, ": ", name, " has ", t.numel(), " elements, expected ", symbol, "=", wanted);
+  }
+
+  void same_shape(const Tensor& t, const char* name, const Tensor& like, const char* like_name) const {
+    bool same = t.dim() == like.dim();
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+    STD_TORCH_CHECK(same, op_, ": ", name, " has shape ", shape_name(t), ", expected ", shape_name(like), " as ", like_name);
+  }
+
+  void rank(const Tensor& t, const char* name, int64_t dims, const char* wanted) const {
+    STD_TORCH_CHECK(t.dim() == dims, op_, ": ", name, " has shape ", shape_name(t), ", expected ", wanted);
+  }
+
+  // Width of (..., C), within [least, most] and a multiple of kWidthStep.
+  int32_t width(const Tensor& t, const char* name, int64_t least, int64_t most) const {
+    STD_TORCH_CHECK(t.dim() > 0, op_, ": ", name, " is a scalar, expected (..., C)");
+    const int64_t C = t.size(t.dim() - 1);
+    STD_TORCH_CHECK(C >= least && C <= most && C % cuda::kWidthStep == 0, op_, ": ", name, " has C=", C,
+                    ", expected a multiple of ", cuda::kWidthStep, " from ", least, " to ", most);
+    return int32_t(C);
+  }
+
+  const void* read(const Tensor& t, const char* name) const { return checked(t, name, false); }
+  void* write(const Tensor& t, const char* name) const { return checked(t, name, true); }
+
+  const float* read_fp32(const Tensor& t, const char* name) const {
+    dtype(t, name, ScalarType::Float, "float32");
+    return static_cast<const float*>(read(t, name));
+  }
+  float* write_fp32(const Tensor& t, const char* name) const { return static_cast<float*>(write(t, name)); }
+
+  const int64_t* read_int64(const Tensor& t, const char* name) const {
+    dtype(t, name, ScalarType::Long, "int64");
+    return static_cast<const int64_t*>(read(t, name));
+  }
+
+  // (rows, columns) whose rows may lie apart; see row_stride.
+  const void* read_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, false); }
+  void* write_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, true); }
+
+ private:
+  static void check_device(const char* op, const Tensor& x) {
+    STD_TORCH_CHECK(on_device(x), op, ": the first tensor is on ", device_name(x), ", where these kernels do not run");
+  }
+
+  void* checked(const Tensor& t, const char* name, bool writable) const {
+    check_place(t, name);
+    STD_TORCH_CHECK(t.is_contiguous(), op_, ": ", name, " is not contiguous, expected rows one after the other: copy it");
+    return pointer(t, name, t.numel(), writable);
+  }
+
+  void* checked_rows(const Tensor& t, const char* name, bool writable) const {
+    check_place(t, name);
+    const int64_t rows = t.size(0), columns = t.size(1);
+    STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, op_, ": ", name, " has rows that are not contiguous: copy it");
+    STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, op_, ": ", name, " has rows that overlap: copy it");
+    return pointer(t, name, rows == 0 ? 0 : (rows - 1) * t.stride(0) + columns, writable);
+  }
+
+  void check_place(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(on_device(t) && t.get_device_index() == x_.get_device_index(), op_, ": ", name, " is on ",
+                    device_name(t), ", expected ", device_name(x_));
+  }
+
+  void* pointer(const Tensor& t, const char* name, int64_t elements, bool writable) const {
+    void* data = t.data_ptr();
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, op_, ": ", name,
+                    " does not start at a multiple of ", kAlignment, " bytes: copy it");
+    if (elements > 0) note_access(data, elements * int64_t(t.element_size()), writable, name);
+    return data;
+  }
+
+  const char* op_;
+  const Tensor& x_;
+  DeviceScope scope_;
+};
+
+int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); }
+
+Tensor new_fp32(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+Tensor zeros_fp32(const Tensor& like, int64_t elements) {
+  return torch::stable::new_zeros(like, {elements}, ScalarType::Float);
+}
+
+// layer_norm
+
+using NormOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// (y, sum, mean, rstd); sum is x itself without a residual.
+NormOutputs norm_forward(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight,
+                         const std::optional<Tensor>& bias, double eps) {
+  const Call call(op, x);
+  cuda::LayerNormForward args{};
+  args.width = call.width(x, "x", cuda::kMinWidth, cuda::kMaxWidth);
+  args.rows = x.numel() / args.width;
+  args.eps = float(eps);
+  args.dtype = call.float_dtype(x, "x");
+  args.sum_dtype = args.dtype;
+  args.parameter_dtype = call.dtype_or_fp32(weight, "weight", args.dtype, "x");
+  call.elements(weight, "weight", args.width, "C");
+  args.x = call.read(x, "x");
+  args.weight = call.read(weight, "weight");
+  if (bias) {
+    call.elements(*bias, "bias", args.width, "C");
+    call.same_dtype(*bias, "bias", weight, "weight");
+    args.bias = call.read(*bias, "bias");
+  }
+  const auto statistics_shape = x.sizes().slice(0, x.dim() - 1);
+  Tensor y = torch::stable::empty_like(x), sum = x;
+  Tensor mean = new_fp32(x, statistics_shape), rstd = new_fp32(x, statistics_shape);
+  if (residual) {
+    call.same_shape(*residual, "residual", x, "x");
+    args.sum_dtype = call.dtype_or_fp32(*residual, "residual", args.dtype, "x");
+    args.residual = call.read(*residual, "residual");
+    sum = torch::stable::empty_like(*residual);
+    args.sum = call.write(sum, "sum");
+  }
+  args.y = call.write(y, "y");
+  args.mean = call.write_fp32(mean, "mean");
+  args.rstd = call.write_fp32(rstd, "rstd");
+  if (args.rows > 0) call.launched(cuda::layer_norm_forward(args, call.stream()));
+  return {y, sum, mean, rstd};
+}
+
+using NormGradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// (dx, dweight, dbias) of s, which is x or the sum; ds joins dx.
+NormGradients norm_backward(const char* op, const Tensor& dy, const Tensor* ds, const Tensor& s, const char* s_name,
+                            const Tensor& mean, const Tensor& rstd, const Tensor& weight, bool has_bias) {
+  const Call call(op, dy);
+  cuda::LayerNormBackward args{};
+  args.width = call.width(dy, "dy", cuda::kMinWidth, cuda::kMaxWidth);
+  args.rows = dy.numel() / args.width;
+  args.dtype = call.float_dtype(dy, "dy");
+  args.sum_dtype = call.dtype_or_fp32(s, s_name, args.dtype, "dy");
+  args.parameter_dtype = call.dtype_or_fp32(weight, "weight", args.dtype, "dy");
+  call.same_shape(s, s_name, dy, "dy");
+  call.elements(weight, "weight", args.width, "C");
+  call.elements(mean, "mean", args.rows, "rows");
+  call.elements(rstd, "rstd", args.rows, "rows");
+  args.dy = call.read(dy, "dy");
+  args.s = call.read(s, s_name);
+  args.weight = call.read(weight, "weight");
+  args.mean = call.read_fp32(mean, "mean");
+  args.rstd = call.read_fp32(rstd, "rstd");
+  if (ds) {
+    call.same_shape(*ds, "ds", s, s_name);
+    call.same_dtype(*ds, "ds", s, s_name);
+    args.ds = call.read(*ds, "ds");
+  }
+  Tensor dx = torch::stable::empty_like(s);
+  if (args.rows == 0) return {dx, zeros_fp32(s, args.width), zeros_fp32(s, has_bias ? args.width : 0)};
+
+  const int64_t partial_blocks = cuda::layer_norm_partials(args.rows, args.width);
+  Tensor partials = new_fp32(s, {partial_blocks, 2, args.width});
+  Tensor dweight = new_fp32(s, {args.width}), dbias = new_fp32(s, {has_bias ? args.width : 0});
+  args.dx = call.write(dx, "dx");
+  args.partials = call.write_fp32(partials, "partials");
+  args.dweight = call.write_fp32(dweight, "dweight");
+  args.dbias = has_bias ? call.write_fp32(dbias, "dbias") : nullptr;
+  call.launched(cuda::layer_norm_backward(args, call.stream()));
+  return {dx, dweight, dbias};
+}
+
+NormGradients layer_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                             const Tensor& weight, bool has_bias) {
+  return norm_backward("layer_norm", dy, nullptr, x, "x", mean, rstd, weight, has_bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias, double eps) {
+  const auto [y, sum, mean, rstd] = norm_forward("layer_norm", x, nullptr, weight, bias, eps);
+  return {y, mean, rstd};
+}
+
+NormOutputs residual_layer_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                    const std::optional<Tensor>& bias, double eps) {
+  return norm_forward("residual_layer_norm", x, &residual, weight, bias, eps);
+}
+
+NormGradients residual_layer_norm_bwd(const Tensor& dy, const Tensor& ds, const Tensor& sum, const Tensor& mean,
+                                      const Tensor& rstd, const Tensor& weight, bool has_bias) {
+  return norm_backward("residual_layer_norm", dy, &ds, sum, "sum", mean, rstd, weight, has_bias);
+}
+
+// bias_gelu
+
+// Checks bias and returns its pointer, nullptr without one.
+const void* gelu_bias(const Call& call, const std::optional<Tensor>& bias, int32_t width, Dtype dtype,
+                      Dtype& parameter_dtype) {
+  parameter_dtype = dtype;
+  if (!bias) return nullptr;
+  call.elements(*bias, "bias", width, "C");
+  parameter_dtype = call.dtype_or_fp32(*bias, "bias", dtype, "x");
+  return call.read(*bias, "bias");
+}
+
+Tensor bias_gelu_fwd(const Tensor& x, const std::optional<Tensor>& bias) {
+  const Call call("bias_gelu", x);
+  cuda::BiasGeluForward args{};
+  args.width = call.width(x, "x", cuda::kWidthStep, INT_MAX);
+  args.rows = x.numel() / args.width;
+  args.dtype = call.float_dtype(x, "x");
+  args.x = call.read(x, "x");
+  args.bias = gelu_bias(call, bias, args.width, args.dtype, args.parameter_dtype);
+  Tensor y = torch::stable::empty_like(x);
+  args.y = call.write(y, "y");
+  if (args.rows > 0) call.launched(cuda::bias_gelu_forward(args, call.stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias) {
+  const Call call("bias_gelu", dy);
+  cuda::BiasGeluBackward args{};
+  args.width = call.width(x, "x", cuda::kWidthStep, INT_MAX);
+  args.rows = x.numel() / args.width;
+  args.dtype = call.float_dtype(x, "x");
+  call.same_shape(dy, "dy", x, "x");
+  call.same_dtype(dy, "dy", x, "x");
+  args.dy = call.read(dy, "dy");
+  args.x = call.read(x, "x");
+  args.bias = gelu_bias(call, bias, args.width, args.dtype, args.parameter_dtype);
+  Tensor dx = torch::stable::empty_like(x);
+  const int64_t bias_width = bias ? args.width : 0;
+  if (args.rows == 0) return {dx, zeros_fp32(x, bias_width)};
+
+  Tensor dbias = new_fp32(x, {bias_width});
+  Tensor partials = new_fp32(x, {bias ? cuda::bias_gelu_partials(args.rows, args.width) : 0, bias_width});
+  args.dx = call.write(dx, "dx");
+  if (bias) {
+    args.partials = call.write_fp32(partials, "partials");
+    args.dbias = call.write_fp32(dbias, "dbias");
+  }
+  call.launched(cuda::bias_gelu_backward(args, call.stream()));
+  return {dx, dbias};
+}
+
+// cross_entropy
+
+int32_t vocabulary(const Call& call, const char* op, const Tensor& logits, const Tensor& targets) {
+  call.rank(logits, "logits", 2, "(N, V)");
+  const int64_t V = logits.size(1);
+  STD_TORCH_CHECK(V >= 1 && V <= INT_MAX, op, ": logits have V=", V, ", expected 1 to ", INT_MAX);
+  call.elements(targets, "targets", logits.size(0), "N");
+  return int32_t(V);
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
+  const Call call("cross_entropy", logits);
+  cuda::CrossEntropyForward args{};
+  args.vocabulary = vocabulary(call, "cross_entropy", logits, targets);
+  args.rows = logits.size(0);
+  args.row_stride = row_stride(logits);
+  args.ignore_index = ignore_index;
+  args.dtype = call.float_dtype(logits, "logits");
+  args.logits = call.read_rows(logits, "logits");
+  args.targets = call.read_int64(targets, "targets");
+  Tensor loss = new_fp32(logits, {args.rows}), lse = new_fp32(logits, {args.rows});
+  args.loss = call.write_fp32(loss, "loss");
+  args.lse = call.write_fp32(lse, "lse");
+  if (args.rows > 0) call.launched(cuda::cross_entropy_forward(args, call.stream()));
+  return {loss, lse};
+}
+
+// Overwrites `dlogits`, which has the strides of `logits` or is `logits`.
+void cross_entropy_backward(const Call& call, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
+                            const Tensor& lse, int64_t ignore_index, const Tensor& dlogits) {
+  cuda::CrossEntropyBackward args{};
+  args.vocabulary = vocabulary(call, "cross_entropy", logits, targets);
+  args.rows = logits.size(0);
+  args.row_stride = row_stride(logits);
+  args.ignore_index = ignore_index;
+  args.dtype = call.float_dtype(logits, "logits");
+  call.elements(lse, "lse", args.rows, "N");
+  call.elements(dloss, "dloss", args.rows, "N");
+  args.logits = call.read_rows(logits, "logits");
+  args.targets = call.read_int64(targets, "targets");
+  args.lse = call.read_fp32(lse, "lse");
+  args.dloss = call.read_fp32(dloss, "dloss");
+  args.dlogits = call.write_rows(dlogits, "dlogits");
+  if (args.rows > 0) call.launched(cuda::cross_entropy_backward(args, call.stream()));
+}
+
+Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& lse,
+                         int64_t ignore_index) {
+  const Call call("cross_entropy", logits);
+  call.read(logits, "logits");  // contiguous, as the gradient will be
+  Tensor dlogits = torch::stable::empty_like(logits);
+  cross_entropy_backward(call, dloss, logits, targets, lse, ignore_index, dlogits);
+  return dlogits;
+}
+
+void cross_entropy_bwd_(const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& lse,
+                        int64_t ignore_index) {
+  const Call call("cross_entropy", logits);
+  cross_entropy_backward(call, dloss, logits, targets, lse, ignore_index, logits);
+}
+
+// dropout
+
+Tensor dropout(const Tensor& x, double p, const Tensor& key, const Tensor& sample_ids, int64_t site,
+               int64_t row_offset) {
+  const Call call("dropout", x);
+  call.rank(x, "x", 3, "(B, T, C)");
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: probability is ", p, ", expected 0 <= p < 1");
+  STD_TORCH_CHECK(site >= 0 && site < 1 << 16, "dropout: site is ", site, ", expected 0 <= site < 65536");
+  STD_TORCH_CHECK(row_offset >= 0 && row_offset <= INT_MAX, "dropout: row_offset is ", row_offset, ", expected 0 to ",
+                  INT_MAX);
+  STD_TORCH_CHECK(x.size(2) <= INT_MAX, "dropout: x has C=", x.size(2), ", expected at most ", INT_MAX);
+  call.elements(key, "key", 1, "one");
+  call.elements(sample_ids, "sample_ids", x.size(0), "B");
+  cuda::Dropout args{};
+  args.dtype = call.float_dtype(x, "x");
+  args.batch = x.size(0);
+  args.positions = x.size(1);
+  args.channels = int32_t(x.size(2));
+  args.threshold = uint32_t(p * 4294967296.0);  // floor(p 2^32)
+  args.scale = float(1.0 / (1.0 - p));
+  args.site = int32_t(site);
+  args.row_offset = int32_t(row_offset);
+  args.x = call.read(x, "x");
+  args.key = call.read_int64(key, "key");
+  args.sample_ids = call.read_int64(sample_ids, "sample_ids");
+  Tensor y = torch::stable::empty_like(x);
+  args.y = call.write(y, "y");
+  if (x.numel() > 0) call.launched(cuda::dropout(args, call.stream()));
+  return y;
+}
+
+std::tuple<int64_t, int64_t> cuda_versions() {
+  int runtime = 0, driver = 0;
+  if (cudaRuntimeGetVersion(&runtime) != 0) runtime = 0;
+  if (cudaDriverGetVersion(&driver) != 0) driver = 0;
+  return {runtime, driver};
+}
+
+}  // namespace
+
+GPTDIST_CUDA_LIBRARY(m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+  m.impl("residual_layer_norm_fwd", TORCH_BOX(&residual_layer_norm_fwd));
+  m.impl("residual_layer_norm_bwd", TORCH_BOX(&residual_layer_norm_bwd));
+  m.impl("bias_gelu_fwd", TORCH_BOX(&bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&bias_gelu_bwd));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
+  m.impl("cross_entropy_bwd_", TORCH_BOX(&cross_entropy_bwd_));
+  m.impl("dropout", TORCH_BOX(&dropout));
+}
+
+GPTDIST_ANY_LIBRARY(m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }
+
+}  // namespace gptdist

@@ -1,0 +1,185 @@
+"""Wrong versions of the CUDA kernels, which the checks have to catch.
+
+A source mutant changes one place of a kernel that matches a pattern: a tail guard, a mask, a stride, a scale. All
+mutants of a file are compiled by one call of nvcc, each in a namespace of its own, to PTX; its kernels then get the
+shipped kernels' names, so that the shipped launchers launch them. A PTX mutant lacks one barrier or one wait.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+NVCC = ("nvcc", "-ptx", "-arch=compute_80", "-std=c++17", "-O3", "--diag-suppress=177")
+
+_SIZE = r"(args\.rows|args\.width|args\.vocabulary|args\.channels|args\.positions|args\.count|split\.head" \
+        r"|split\.vectors|width|warps|tile_columns)"
+_STRIDE = r"(args\.width|args\.row_stride|args\.channels|args\.positions|args\.halves|width|step|stride|row_step" \
+          r"|row_blocks|threads|tiles_across|tile_columns|kVector|kNormWarps|blockDim\.[xy])"
+_SCALE = r"(kLog2e|kLinear|kTwoSqrt2OverPi|kCubic|mean|rstd|mean_g|mean_g_xhat|dloss|lse|log_sum|args\.scale|args\.eps)"
+
+# kind -> (pattern, replacement). Every match in device code is one mutant.
+RULES: dict[str, list[tuple[str, str]]] = {
+    "guard": [(rf"< {_SIZE}\b(?![.\[(*])", r"<= \1"), (rf">= {_SIZE}\b(?![.\[(*])", r"> \1"),
+              (r"thread == 0", "thread <= 1"), (r"lane == 0", "lane <= 1"), (r"lane != 0", "lane > 1")],
+    "mask": [(r">= args\.threshold", "< args.threshold"), (r"== args\.ignore_index", "!= args.ignore_index"),
+             (r"== own_class", "!= own_class"), (r"== own\b", "!= own"), (r"target >= 0", "target >= 1"),
+             (r"inside \?", "!inside ?"), (r"ignored \?", "!ignored ?")],
+    "stride": [(rf"\* {_STRIDE}\b(?!\()", r"* (\1 + 1)"), (r"p \* stride", "p * (stride + 1)"),
+               (r"\+= kFoldGroups", "+= kFoldGroups + 1"), (r"\+= row_step", "+= row_step + 1"),
+               (r"\+= threads", "+= threads + 1"), (r"\+= blockDim\.x", "+= blockDim.x + 1"),
+               (r"\+= kTileThreads", "+= kTileThreads + 1")],
+    "scale": [(r"float\(width\)", "float(width + 1)"), (rf"(?<=[-*+(] ){_SCALE}\b(?! =)", r"(\1 * 1.01f)"),
+              (r"\b1\.0f\b(?=[ )])", "1.02f"), (r"distance > 0", "distance > 1"), (r"0xD2511F53u", "0xD2511F55u"),
+              (r"0xCD9E8D57u", "0xCD9E8D59u"), (r"0x9E3779B9u", "0x9E3779B7u"), (r"0xBB67AE85u", "0xBB67AE83u"),
+              (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"), (r"site\) << 16", "site) << 15")],
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instantiation that mutants are made of, as C++ writes it: `layer_norm_forward_kernel<Bf16, float, ...>`."""
+
+    instance: str
+
+    @property
+    def template(self) -> str:
+        return self.instance.partition("<")[0]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    kind: str
+    file: str  # where the changed text is from
+    line: str  # the changed line
+    source: str  # a whole translation unit's device code
+    original: str  # the same, unchanged
+    kernels: tuple[Kernel, ...]  # what may be affected
+
+
+def device_source(path: Path, seen: set[Path] | None = None) -> list[tuple[str, str]]:
+    """(file name, line) of a source with the project's headers put in, up to its launchers; other includes stay."""
+    seen = set() if seen is None else seen
+    lines: list[tuple[str, str]] = []
+    for line in path.read_text().splitlines():
+        if re.match(r"// Launchers?\.", line):
+            lines.append((path.name, "}  // namespace gptdist::cuda"))
+            break
+        include = re.match(r'#include "(.+)"', line)
+        if include:
+            header = (path.parent / include[1]).resolve()
+            if not header.exists():
+                header = (CUDA / include[1]).resolve()
+            if header not in seen:
+                seen.add(header)
+                lines += device_source(header, seen)
+        elif line != "#pragma once":
+            lines.append((path.name, line))
+    return lines
+
+
+def source_mutants(path: Path, headers: tuple[str, ...], kernels: list[Kernel]) -> list[Mutant]:
+    """Every place of `path`, and of those of its headers that are named, that a rule matches, changed."""
+    lines = device_source(path)
+    original = "\n".join(line for _, line in lines)
+    mutants = []
+    for number, (file, line) in enumerate(lines):
+        code = line.partition("//")[0]
+        if file not in (path.name, *headers) or not _is_device_code(code):
+            continue
+        for kind, rules in RULES.items():
+            for pattern, replacement in rules:
+                for match in re.finditer(pattern, code):
+                    changed = code[:match.start()] + match.expand(replacement) + code[match.end():]
+                    text = "\n".join(changed if i == number else other for i, (_, other) in enumerate(lines))
+                    affected = _affected(lines, number, kernels)
+                    mutants.append(Mutant(kind, file, changed.strip(), text, original, affected))
+    return mutants
+
+
+def _is_device_code(code: str) -> bool:
+    """Not a constant of the host or of the compiler, a template parameter or a launcher."""
+    return not re.match(r"\s*(#|template|static_assert|__global__|__shared__|inline|return launch|if constexpr)", code)
+
+
+def _affected(lines: list[tuple[str, str]], number: int, kernels: list[Kernel]) -> tuple[Kernel, ...]:
+    """The kernel whose body holds the line, or all kernels of the file for a line of a helper."""
+    for i in range(number, -1, -1):
+        if lines[i][1].startswith("}") and i < number:
+            break
+        found = re.match(r"(?:__global__.* )?(\w+_kernel)\(", lines[i][1])
+        if found:
+            return tuple(k for k in kernels if k.template == found[1])
+    return tuple(kernels)
+
+
+def compile_mutants(mutants: list[Mutant], folder: Path) -> list[str]:
+    """The PTX of each mutant, its kernels under the shipped names; one call of nvcc.
+
+    It is empty where the compiler makes of it what it makes of the unchanged source: no run could tell them apart.
+    """
+    kernels = tuple(dict.fromkeys(kernel for mutant in mutants for kernel in mutant.kernels))
+    unchanged = replace(mutants[0], source=mutants[0].original, kernels=kernels)
+    *texts, original = _compile([*mutants, unchanged], folder)
+    known = {kernel: _instructions(body) for kernel, body in entries(original).items()}
+    return [text if any(_instructions(body) != known[kernel] for kernel, body in entries(text).items()) else ""
+            for text in texts]
+
+
+def _compile(mutants: list[Mutant], folder: Path) -> list[str]:
+    includes, bodies = [], []
+    for i, mutant in enumerate(mutants):
+        source = mutant.source.replace("gptdist::cuda", f"{_namespace(i)}::cuda")
+        own = [line for line in source.splitlines() if line.startswith("#include")]
+        includes += [line for line in own if line not in includes]
+        body = "\n".join(line for line in source.splitlines() if not line.startswith("#include"))
+        kept = ", ".join(f"(void*){kernel.instance}" for kernel in mutant.kernels)
+        bodies.append(f"{body}\nnamespace {_namespace(i)}::cuda {{ void* const kept[] = {{{kept}}}; }}")
+    path = folder / "mutants.cu"
+    path.write_text("\n".join(includes + bodies))
+    done = subprocess.run([*NVCC, "-o", path.with_suffix(".ptx"), path], capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise AssertionError(f"the mutants do not compile:\n{done.stderr[:4000]}")
+    return _split(path.with_suffix(".ptx").read_text(), len(mutants))
+
+
+def _instructions(body: str) -> str:
+    """A kernel without the numbers that the compiler gives to labels and to its inline assembly."""
+    return re.sub(r"\$L__\w+|^\s*//.*$", "", body, flags=re.MULTILINE)
+
+
+def _namespace(number: int) -> str:
+    return f"m{number:06d}"  # as long as "gptdist", so that mangled names differ in nothing else
+
+
+def _split(ptx: str, count: int) -> list[str]:
+    """A module for each mutant: the header, and the entries and variables of its namespace, renamed."""
+    parts = re.split(r"\n(?=\t?// \.globl|\.visible|\.entry|\.func|\.global|\.weak|\.extern|\.const|\.shared)", ptx)
+    header = parts[0]
+    texts = []
+    for i in range(count):
+        mine = [part for part in parts[1:] if _namespace(i) in part or not re.search(r"m\d{6}4cuda", part)]
+        texts.append("\n".join([header, *mine]).replace(_namespace(i), "gptdist"))
+    return texts
+
+
+SYNCHRONISATION = re.compile(r"^\s*(bar\.sync|barrier\.sync|bar\.warp\.sync|cp\.async\.wait\w*)[^;]*;", re.MULTILINE)
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """Kernel name -> its text, of a PTX module."""
+    found = {}
+    for match in re.finditer(r"^(?:\.visible |\.weak )?\.entry (\w+)\(.*?^\}", ptx, re.MULTILINE | re.DOTALL):
+        found[match[1]] = match[0]
+    return found
+
+
+def without_synchronisation(ptx: str, kernel: str) -> list[tuple[str, str]]:
+    """(what was taken away, module text) for every barrier and wait of a kernel."""
+    body = entries(ptx)[kernel]
+    mutants = []
+    for match in SYNCHRONISATION.finditer(body):
+        changed = body[:match.start()] + "\n" + body[match.end():]
+        mutants.append((match[0].strip(), ptx.replace(body, changed)))
+    return mutants

@@ -1,0 +1,263 @@
+"""Every wrong version of the CUDA kernels is caught, and by what: a fault of the PTX machine, or wrong values."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from gptdist import ops
+from tests import cuda_vm, mutants
+from tests.mutants import CUDA, Kernel
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, what: str, scale: float = 1.0) -> None:
+    """Within one rounding of got's dtype and a little of fp32's, for values of about `scale`; NaN where wanted."""
+    relative = 2.0 ** (-8 if got.dtype == BF16 else -14)
+    absolute = scale * (2e-4 if got.dtype == BF16 else 2e-5)
+    assert torch.isclose(got.double(), wanted, rtol=relative, atol=absolute, equal_nan=True).all(), f"values of {what}"
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that an op allocates holds NaN: an element that a kernel leaves out does not keep an earlier result."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def norm_case(run: Callable, rows: int, width: int, dtype: torch.dtype, residual: bool, backward: bool) -> None:
+    x, dy, ds = (numbers(rows, width, seed=i, dtype=dtype if i < 2 else FP32) for i in range(3))
+    x[0] *= 2e-3  # a variance beside which eps counts
+    r = numbers(rows, width, seed=3) if residual else None
+    if residual:
+        r[0] *= 2e-3
+    weight, bias = numbers(width, seed=4), numbers(width, seed=5)
+    leaves = [t for t in (x, r, weight, bias) if t is not None]
+    exact = [t.double().requires_grad_() for t in leaves]
+    function = ops.residual_layer_norm if residual else ops.layer_norm
+    wanted = function(*exact)
+    leaves = [t.requires_grad_(backward) for t in leaves]
+    with run():
+        got = function(*leaves)
+        outputs, gradients = (got, (dy, ds)) if residual else ((got,), (dy,))
+        found = torch.autograd.grad(outputs, leaves, gradients) if backward else ()
+    wanted = wanted if residual else (wanted,)
+    for i, (a, b) in enumerate(zip(outputs, wanted, strict=True)):
+        close(a.detach(), b.detach(), f"output {i}")
+    if backward:
+        expected = torch.autograd.grad(wanted, exact, [g.double() for g in gradients])
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            close(a, b, f"gradient {i}", scale=b.abs().max())
+
+
+def gelu_case(run: Callable, rows: int, width: int, backward: bool, dtype: torch.dtype = BF16) -> None:
+    x, dy = (numbers(rows, width, seed=i, dtype=dtype) for i in range(2))
+    bias = numbers(width, seed=2)
+    leaves = [x.requires_grad_(backward), bias.requires_grad_(backward)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    with run():
+        y = ops.bias_gelu(*leaves)
+        found = torch.autograd.grad(y, leaves, dy) if backward else ()
+    wanted = ops.bias_gelu(*exact)
+    close(y.detach(), wanted.detach(), "y")
+    if backward:
+        dx, dbias = torch.autograd.grad(wanted, exact, dy.double())
+        close(found[0], dx, "dx")
+        close(found[1], dbias, "dbias", scale=rows**0.5)
+
+
+def entropy_case(run: Callable, vocabulary: int, backward: bool) -> None:
+    targets = torch.tensor([vocabulary - 1, -100, 0, vocabulary, 5, vocabulary // 2, -7])
+    logits = (3 * numbers(len(targets), vocabulary, seed=0)).to(BF16)
+    logits[:, 7] = -torch.inf
+    dloss = numbers(len(targets), seed=1).abs() + 0.5
+    known = (targets < vocabulary) & (targets != -7)
+    exact = logits.double().requires_grad_()
+    wanted = torch.full((len(targets),), torch.nan, dtype=torch.float64)
+    wanted[known] = torch.nn.functional.cross_entropy(exact[known], targets[known], reduction="none")
+    with run():
+        loss, lse = torch.ops.gptdist_vm.cross_entropy_fwd(logits, targets, -100)
+        if backward:
+            gradient = torch.ops.gptdist_vm.cross_entropy_bwd(dloss, logits, targets, lse, -100)
+    close(loss, wanted.detach(), "loss")
+    close(lse, torch.logsumexp(logits.double(), 1), "lse")
+    if backward:
+        expected = torch.autograd.grad(wanted[known], exact, dloss.double()[known])[0].clone()
+        expected[~known] = torch.nan
+        close(gradient, expected, "dlogits", scale=0.01)
+
+
+def dropout_case(run: Callable, batch: int, positions: int, channels: int, dtype: torch.dtype) -> None:
+    x = numbers(batch, positions, channels, seed=0, dtype=dtype)
+    key, ids = ops.dropout_key(5, 9), torch.arange(batch) * 77 + 2**33 + 5
+    options = dict(key=key, sample_ids=ids, site=3, row_offset=11)
+    with run():
+        y = ops.dropout(x, 0.37, **options)
+    close(y, ops.dropout(x.double(), 0.37, **options), "y")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A source file: `headers` that are changed with it, the kernels that mutants are made of, the cases (a case runs
+    the shipped ops in `run()` and compares) that must catch them, the quick ones first."""
+
+    headers: tuple[str, ...]
+    kernels: tuple[str, ...]
+    cases: tuple[Callable, ...]
+
+
+# The sizes leave tails in every direction and reach every loop twice: 18 partials a fold, two tiles, sweeps of a row.
+FAMILIES = {
+    "layer_norm": Family(
+        ("fold_partials.cuh", "reduce.cuh"),
+        ("layer_norm_forward_kernel<Bf16, float, float, true, kWarp16>",
+         "layer_norm_forward_kernel<float, float, float, false, kBlock>",
+         "layer_norm_backward_kernel<Bf16, float, float, kWarp16>",
+         "layer_norm_backward_kernel<float, float, float, kWideBlock>", "fold_partials_kernel"),
+        (partial(norm_case, rows=7, width=72, dtype=BF16, residual=True, backward=False),
+         partial(norm_case, rows=3, width=1032, dtype=FP32, residual=False, backward=False),
+         partial(norm_case, rows=139, width=72, dtype=BF16, residual=True, backward=True),
+         partial(norm_case, rows=5, width=1032, dtype=FP32, residual=False, backward=True),
+         partial(norm_case, rows=5, width=8200, dtype=FP32, residual=True, backward=True))),
+    "bias_gelu": Family(
+        (),
+        ("bias_gelu_forward_kernel<Bf16, float>", "bias_gelu_backward_kernel<Bf16, float>",
+         "bias_gelu_backward_kernel<float, float>"),
+        (partial(gelu_case, rows=35, width=264, backward=False), partial(gelu_case, rows=299, width=264, backward=True),
+         partial(gelu_case, rows=35, width=264, backward=True, dtype=FP32),
+         partial(gelu_case, rows=4200, width=256, backward=True))),
+    "cross_entropy": Family(
+        ("reduce.cuh",),
+        ("cross_entropy_forward_kernel<Bf16>", "cross_entropy_backward_kernel<Bf16>"),
+        (partial(entropy_case, vocabulary=17, backward=False), partial(entropy_case, vocabulary=17, backward=True),
+         partial(entropy_case, vocabulary=4099, backward=True), partial(entropy_case, vocabulary=12801, backward=True),
+         partial(entropy_case, vocabulary=50257, backward=True))),
+    "dropout": Family(
+        ("philox.cuh",),
+        ("dropout_kernel<Bf16, kDropoutVectors>", "dropout_kernel<float, kDropoutElements>"),
+        (partial(dropout_case, batch=2, positions=63, channels=264, dtype=BF16),
+         partial(dropout_case, batch=2, positions=63, channels=133, dtype=FP32))),
+}
+
+# Changed lines that compute the same, and why: such a mutant is not counted, and fails if it is caught after all.
+EQUIVALENT = {
+    "if (share.thread <= 1) {": "two threads write the same values",
+    "if (lane <= 1) {": "two threads write the same values",
+    "if (lane <= 1) scratch[warp] = x;": "two threads write the same value",
+    "if (kReadTwice && column > width) continue;": "only saves work: what is loaded there is zero",
+    "const float picked = thread <= 1 && in_range ? to_float(logits[target]) : NAN;": "thread 1 does not use it",
+    "for (; v + (kEntropyVectors - 1) * (threads + 1) < split.vectors; v += kEntropyVectors * threads) {":
+        "the loop after it does the rest",
+    "for (int32_t first = thread; first <= split.vectors; first += kEntropyVectors * threads) {":
+        "its body is guarded again",
+    "for (int64_t row = first_row; inside && row <= args.rows; row += kRows * row_step, offset += kRows * step) {":
+        "its body is guarded again",
+}
+
+
+def caught_by(device: cuda_vm.Device, ptx: str, cases: tuple[Callable, ...]) -> str:
+    """The kind of the first failure, or the empty string."""
+    from gptdist import _ptxvm
+
+    module = _ptxvm.Module(ptx)
+    for seed, case in enumerate(cases):
+        try:
+            with poisoned_outputs():
+                case(partial(device.run, module=module, seed=seed, global_races=True))
+        except _ptxvm.Fault as fault:
+            return fault.kind
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def device():
+    return cuda_vm.device()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cases_pass_unchanged(device, name):
+    with poisoned_outputs():
+        for case in FAMILIES[name].cases:
+            case(partial(device.run, global_races=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_source_mutant_is_caught(device, name, tmp_path):
+    family = FAMILIES[name]
+    kernels = [Kernel(kernel) for kernel in family.kernels]
+    found = mutants.source_mutants(CUDA / f"{name}.cu", family.headers, kernels)
+    report, wrong = Counter(), []
+    for mutant, ptx in zip(found, mutants.compile_mutants(found, tmp_path), strict=True):
+        caught = caught_by(device, ptx, family.cases) if ptx else ""
+        if ptx and bool(caught) == (mutant.line in EQUIVALENT):
+            wrong.append(f"{mutant.kind} {'caught' if caught else 'survives'}: {mutant.file}: {mutant.line}")
+        report[caught.partition(" ")[0] or "equivalent"] += 1
+    print(f"{name}: {len(found)} source mutants: {dict(report)}")
+    assert not wrong, "\n".join(wrong)
+    assert report["equivalent"] < 0.2 * len(found)
+
+
+def test_no_exception_is_stale():
+    lines = {mutant.line for name, family in FAMILIES.items()
+             for mutant in mutants.source_mutants(CUDA / f"{name}.cu", family.headers, [])}
+    assert EQUIVALENT.keys() <= lines
+
+
+def launched(device: cuda_vm.Device, cases: tuple[Callable, ...]) -> list[str]:
+    """Names of the kernels that cases launch."""
+    names: dict[str, None] = {}
+
+    @contextmanager
+    def recording():
+        with device.run() as log:
+            yield
+        names.update(dict.fromkeys(launch.name for launch in log.launches))
+
+    for case in cases:
+        case(recording)
+    return list(names)
+
+
+def synchronisations(device: cuda_vm.Device) -> dict[str, int]:
+    """Kernel name -> barriers and waits in it, of all that ship."""
+    return {kernel: len(mutants.SYNCHRONISATION.findall(body))
+            for text in device.ptx for kernel, body in mutants.entries(text).items()}
+
+
+def template_of(kernel: str) -> str:
+    """The template's name out of a mangled one: _ZN7gptdist4cuda14dropout_kernelI... -> dropout_kernel."""
+    length = re.match(r"_ZN7gptdist4cuda(\d+)", kernel)
+    return kernel[length.end():][:int(length[1])]
+
+
+def test_every_barrier_and_wait_is_needed(device):
+    """Of each kernel that the cases launch, and those are all that ship, but for element types."""
+    counts, report, wrong = synchronisations(device), Counter(), []
+    mutated = set()
+    for family in FAMILIES.values():
+        for kernel in launched(device, family.cases):
+            mutated.add((template_of(kernel), counts[kernel]))
+            for taken, ptx in mutants.without_synchronisation(device.ptx_of(kernel), kernel):
+                caught = caught_by(device, ptx, family.cases)
+                report[caught.partition(" ")[0]] += 1
+                if not caught:
+                    wrong.append(f"{kernel} without {taken}")
+    print(f"without a barrier or wait: {dict(report)}")
+    assert not wrong, "\n".join(wrong)
+    left_out = {kernel for kernel, count in counts.items() if count and (template_of(kernel), count) not in mutated}
+    assert not left_out, f"no case runs a kernel like these: {sorted(left_out)}"
