@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -129,6 +130,11 @@ class Call {
   const int64_t* read_int64(const Tensor& t, const char* name) const {
     dtype(t, name, ScalarType::Long, "int64");
     return static_cast<const int64_t*>(read(t, name));
+  }
+
+  const int32_t* read_int32(const Tensor& t, const char* name) const {
+    dtype(t, name, ScalarType::Int, "int32");
+    return static_cast<const int32_t*>(read(t, name));
   }
 
   // (rows, columns) whose rows may lie apart; see row_stride.
@@ -427,6 +433,97 @@ Tensor dropout(const Tensor& x, double p, const Tensor& key, const Tensor& sampl
   return y;
 }
 
+// attention
+
+struct Documents {
+  const std::optional<Tensor>& starts;
+  bool causal;
+};
+
+struct AttentionMask {  // dropout's
+  double p;
+  const std::optional<Tensor>&key, &sample_ids;
+  int64_t site, head_offset;
+};
+
+// The shape of qkv (B, T, Hkv, G+2, D), what a query sees, and dropout: the same in both passes.
+template <class Args>
+void set_attention(const Call& call, const Tensor& qkv, const Documents& documents, const AttentionMask& mask, Args& args) {
+  call.rank(qkv, "qkv", 5, "(B, T, Hkv, G+2, D)");
+  const int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(2), slots = qkv.size(3), D = qkv.size(4);
+  args.dtype = call.float_dtype(qkv, "qkv");
+  STD_TORCH_CHECK(args.dtype != Dtype::kFp32, "attention: qkv is float32, expected bfloat16 or float16");
+  STD_TORCH_CHECK(D == 64 || D == 128, "attention: qkv has D=", D, ", expected 64 or 128");
+  STD_TORCH_CHECK(slots >= 3, "attention: qkv has G+2=", slots, ", expected at least 3");
+  STD_TORCH_CHECK(B <= INT_MAX && T <= INT_MAX && H * slots * D <= INT_MAX, "attention: qkv has shape ", shape_name(qkv),
+                  ", expected B, T and Hkv (G+2) D of at most ", INT_MAX);
+  args.batch = int32_t(B);
+  args.positions = int32_t(T);
+  args.kv_heads = int32_t(H);
+  args.group = int32_t(slots - 2);
+  args.head_dim = int32_t(D);
+  args.qkv_stride = int32_t(H * slots * D);
+  args.out_stride = int32_t(H * (slots - 2) * D);
+  args.softmax_scale = float(1.0 / std::sqrt(double(D)));
+  args.qkv = call.read(qkv, "qkv");
+  args.causal = documents.causal;
+  if (documents.starts) {
+    STD_TORCH_CHECK(documents.causal, "attention: doc_start is given, but causal is false");
+    call.elements(*documents.starts, "doc_start", B * T, "B*T");
+    args.doc_start = call.read_int32(*documents.starts, "doc_start");
+  }
+  STD_TORCH_CHECK(mask.p >= 0.0 && mask.p < 1.0, "attention: dropout probability is ", mask.p, ", expected 0 <= p < 1");
+  if (mask.p == 0.0) return;
+  STD_TORCH_CHECK(mask.key && mask.sample_ids, "attention: dropout needs key and sample_ids");
+  STD_TORCH_CHECK(mask.site >= 0 && mask.site < 1 << 16, "attention: site is ", mask.site, ", expected 0 <= site < 65536");
+  STD_TORCH_CHECK(mask.head_offset >= 0 && mask.head_offset + H * (slots - 2) <= 1 << 16, "attention: head_offset is ",
+                  mask.head_offset, ", expected no head beyond 65535");
+  call.elements(*mask.key, "key", 1, "one");
+  call.elements(*mask.sample_ids, "sample_ids", B, "B");
+  args.dropout.key = call.read_int64(*mask.key, "key");
+  args.dropout.sample_ids = call.read_int64(*mask.sample_ids, "sample_ids");
+  args.dropout.threshold = uint32_t(mask.p * 4294967296.0);  // floor(p 2^32)
+  args.dropout.scale = float(1.0 / (1.0 - mask.p));
+  args.dropout.site = int32_t(mask.site);
+  args.dropout.head_offset = int32_t(mask.head_offset);
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start, double p,
+                                         const std::optional<Tensor>& key, const std::optional<Tensor>& sample_ids,
+                                         int64_t site, int64_t head_offset) {
+  const Call call("attention", qkv);
+  cuda::AttentionForward args{};
+  set_attention(call, qkv, {doc_start, causal}, {p, key, sample_ids, site, head_offset}, args);
+  const int64_t B = args.batch, T = args.positions, H = args.kv_heads, G = args.group;
+  Tensor out = torch::stable::new_empty(qkv, {B, T, H, G, args.head_dim}), lse = new_fp32(qkv, {B, H, G, T});
+  args.out = call.write(out, "out");
+  args.lse = call.write_fp32(lse, "lse");
+  if (qkv.numel() > 0) call.launched(cuda::attention_forward(args, call.stream()));
+  return {out, lse};
+}
+
+Tensor attention_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, bool causal,
+                     const std::optional<Tensor>& doc_start, double p, const std::optional<Tensor>& key,
+                     const std::optional<Tensor>& sample_ids, int64_t site, int64_t head_offset) {
+  const Call call("attention", qkv);
+  cuda::AttentionBackward args{};
+  set_attention(call, qkv, {doc_start, causal}, {p, key, sample_ids, site, head_offset}, args);
+  const int64_t rows = int64_t(args.batch) * args.positions * args.kv_heads * args.group;
+  call.elements(out, "out", rows * args.head_dim, "B*T*Hkv*G*D");
+  call.same_dtype(out, "out", qkv, "qkv");
+  call.same_shape(dout, "dout", out, "out");
+  call.same_dtype(dout, "dout", qkv, "qkv");
+  call.elements(lse, "lse", rows, "B*Hkv*G*T");
+  args.dout = call.read(dout, "dout");
+  args.out = call.read(out, "out");
+  args.lse = call.read_fp32(lse, "lse");
+  Tensor statistics = new_fp32(qkv, {rows, 2}), dqkv = torch::stable::empty_like(qkv);
+  args.statistics = call.write_fp32(statistics, "statistics");
+  args.dqkv = call.write(dqkv, "dqkv");
+  if (qkv.numel() > 0) call.launched(cuda::attention_backward(args, call.stream()));
+  return dqkv;
+}
+
 std::tuple<int64_t, int64_t> cuda_versions() {
   int runtime = 0, driver = 0;
   if (cudaRuntimeGetVersion(&runtime) != 0) runtime = 0;
@@ -447,6 +544,8 @@ GPTDIST_CUDA_LIBRARY(m) {
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
   m.impl("cross_entropy_bwd_", TORCH_BOX(&cross_entropy_bwd_));
   m.impl("dropout", TORCH_BOX(&dropout));
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
 }
 
 GPTDIST_ANY_LIBRARY(m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }

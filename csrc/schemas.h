@@ -21,6 +21,11 @@ constexpr const char* kSchemas[] = {
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
     "cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor targets, Tensor lse, int ignore_index) -> ()",
     "dropout(Tensor x, float p, Tensor key, Tensor sample_ids, int site, int row_offset) -> Tensor",
+    // qkv (B, T, Hkv, G+2, D) gives out (B, T, Hkv, G, D) and lse (B, Hkv, G, T), which is fp32.
+    "attention_fwd(Tensor qkv, bool causal, Tensor? doc_start, float p, Tensor? key, Tensor? sample_ids, int site,"
+    " int head_offset) -> (Tensor out, Tensor lse)",
+    "attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, bool causal, Tensor? doc_start, float p, Tensor? key,"
+    " Tensor? sample_ids, int site, int head_offset) -> Tensor",
     // CUDA versions (1000 major + 10 minor) of the runtime that _C_cuda holds and of this machine's driver; 0: none.
     "cuda_versions() -> (int runtime, int driver)",
 };

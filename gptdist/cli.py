@@ -375,7 +375,15 @@ def _note_long_prompts(generator, prompts: list[str]) -> None:
 
 
 def _checkpoint(args: argparse.Namespace):
-    """The checkpoint directory that the command's arguments mean; a note on stderr where one was passed over.
+    """The checkpoint directory that the command's arguments mean; a note on stderr where one was passed over."""
+    found, skipped = _choose(args)
+    if skipped:
+        print(f"gptdist {args.command}: using {found.name}, skipped {skipped}", file=sys.stderr)
+    return found
+
+
+def _choose(args: argparse.Namespace):
+    """(checkpoint directory that the arguments mean, which one was passed over and why, or "").
 
     Incomplete directories matter after the latest one, and anywhere for the best one, which any of them might be.
     """
@@ -385,15 +393,14 @@ def _checkpoint(args: argparse.Namespace):
 
     found = layout.resolve(args.checkpoint, args.which)
     if found == Path(args.checkpoint):
-        return found
+        return found, ""
     skipped = [(path, why) for path, why in layout.scan(found.parent)[1]
                if args.which == "best" or layout.step_of(path) > layout.step_of(found)]
-    if skipped:
-        path, why = skipped[-1]
-        others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-        print(f"gptdist {args.command}: using {found.name}, skipped {path.name}{others}: "
-              f"{why.removesuffix('; use another checkpoint')}", file=sys.stderr)
-    return found
+    if not skipped:
+        return found, ""
+    path, why = skipped[-1]
+    others = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+    return found, f"{path.name}{others}: {why.removesuffix('; use another checkpoint')}"
 
 
 def _device(name: str) -> str:
@@ -460,7 +467,10 @@ def run_verify(args: argparse.Namespace) -> int:
     path = Path(args.checkpoint)
     splits = find_splits(path)
     if not splits:
-        print(verify_values(_checkpoint(args)))
+        found, skipped = _choose(args)
+        print(verify_values(found))
+        if skipped:
+            raise UserError(f"only {found.name} is all right, not {skipped}")
         return EXIT_DONE
     if path not in splits:  # a prepared dataset: its train/ has to be there, and a val/ has to be whole
         splits = [path / "train", *([path / "val"] if (path / "val").exists() else [])]

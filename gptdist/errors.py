@@ -10,7 +10,10 @@ class ActionableError(Exception):
     """The message is one line: what was wrong, where, what was expected, what to do. Shown without a traceback."""
 
     exit_code: int
-    agreed = False  # True: every rank raises this error, so that one of them need say it
+
+    def __init__(self, message: str, *, agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed  # True: every rank raises this error, so that one of them need say it
 
 
 class UserError(ActionableError):
@@ -21,6 +24,10 @@ class UserError(ActionableError):
 
 class DamagedError(UserError):
     """A file is there and can be read, but is not what was written."""
+
+
+class LockedError(UserError):
+    """Another run is up in the run directory, whose files are not this start's to touch."""
 
 
 class MissingError(ActionableError):

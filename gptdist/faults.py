@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptdist.errors import UserError
+from gptdist.errors import LockedError
 
 
 class StopSignal:
@@ -27,33 +27,44 @@ class StopSignal:
         self.received = True
 
 
-def write_exit_record(run_dir: str | Path, *, code: int, rank: int, message: str) -> None:
+class ExitRecord:
     """RUN_DIR/exit.json: how the run ended. Launchers flatten exit codes to 1; this one survives.
 
-    The first failure stands until the next start clears it: what follows on other ranks is its consequence.
+    The first failure of a start stands: what follows on other ranks is its consequence. What another start left is
+    neither read nor kept. A start knows its records by an id once its ranks have met, before that by their time.
     """
-    path = Path(run_dir) / "exit.json"
-    if read_exit_record(run_dir) is not None:
-        return
-    record = {"code": code, "rank": rank, "message": message, "time": time.time()}
-    temporary = path.with_name(f".exit.json.{rank}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        print(f"gptdist: cannot write {path}: {error.strerror}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
+    def __init__(self, run_dir: str | Path, rank: int):
+        self.path, self.rank = Path(run_dir) / "exit.json", rank
+        self.began, self.start = time.time(), None
 
-def read_exit_record(run_dir: str | Path) -> dict | None:
-    """The failure that RUN_DIR/exit.json records, if any: {code, rank, message, time}."""
-    try:
-        record = json.loads((Path(run_dir) / "exit.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record["code"] != 0 else None
+    def agree(self, start: str) -> None:
+        """start: the id of this start, the same on every rank."""
+        self.start = start
+
+    def failure(self) -> dict | None:
+        """The failure that this start has recorded, if any: {code, rank, message, start, time}."""
+        try:
+            record = json.loads(self.path.read_text())
+            ours = record["time"] >= self.began if self.start is None else record["start"] == self.start
+            return record if ours and record["code"] != 0 else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, code: int, message: str) -> None:
+        if self.failure() is not None:
+            return
+        record = {"code": code, "rank": self.rank, "message": message, "start": self.start, "time": time.time()}
+        temporary = self.path.with_name(f".exit.json.{self.rank}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(record) + "\n")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            if not message:  # a failure has been reported, and this is likely its consequence
+                print(f"gptdist: cannot write {self.path}: {error.strerror}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def clear_exit_record(run_dir: str | Path) -> None:
@@ -64,14 +75,14 @@ def clear_exit_record(run_dir: str | Path) -> None:
 def lock_run_dir(run_dir: str | Path) -> Iterator[None]:
     """Hold RUN_DIR/.lock while a run is up; the kernel lets go of it however the process ends.
 
-    Raises UserError if another process holds it. A file system without locks is used unlocked, with a warning.
+    Raises LockedError if another process holds it. A file system without locks is used unlocked, with a warning.
     """
     with (Path(run_dir) / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in run.dir={run_dir}: wait for it, or choose another run.dir"
-                            ) from None
+            raise LockedError(f"another process is training in run.dir={run_dir}: wait for it, or choose another "
+                              f"run.dir") from None
         except OSError as error:
             print(f"gptdist: {run_dir} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
         yield

@@ -74,7 +74,7 @@ class Trainer:
         self.root = self.run_dir / "checkpoints"
         self.state = TrainState(dataset=self.task.dataset_id)
         self.stop = StopSignal()
-        self.strategy = make_strategy(world, self.config)
+        self.strategy = self.ranks.on_all(lambda: make_strategy(world, self.config))
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         self._bad_steps = 0
 
@@ -261,9 +261,11 @@ class Trainer:
     def _step(self, batch: StepBatch) -> dict[str, float | int]:
         """One optimizer step; returns its metrics row."""
         started, config = time.perf_counter(), self.config
-        counts = torch.tensor([batch.n_targets, batch.data_hash, int(self.stop.received), batch.n_tokens,
-                               batch.n_positions], dtype=torch.int64)
-        n_targets, data_hash, stop, n_tokens, n_positions = self.world.sum(counts).tolist()
+        counts = torch.tensor([batch.n_targets, batch.data_hash, self.stop.received, batch.n_tokens, batch.n_positions,
+                               self.saver.failed], dtype=torch.int64)
+        n_targets, data_hash, stop, n_tokens, n_positions, save_failed = self.world.sum(counts).tolist()
+        if save_failed:
+            self.saver.settle()
         key = self.task.dropout_key(batch.step)
         loss_sum = torch.zeros((), dtype=torch.float64)
         for i, micro_batch in enumerate(batch.micro_batches):
@@ -294,7 +296,8 @@ class Trainer:
         self.console.print(f"step {step + 1}: the gradient is not finite ({norm}); this step is skipped")
         if self._bad_steps >= self.config.train.max_bad_steps:
             raise UserError(f"the gradient was not finite in {self._bad_steps} steps in a row up to step {step + 1}: "
-                            f"lower optim.lr, or leave samples out with data.skip; resume from an earlier checkpoint")
+                            f"lower optim.lr, or leave samples out with data.skip; resume from an earlier checkpoint",
+                            agreed=True)
 
     def _report(self, row: dict, progress: Progress, bar: int) -> None:
         step = self.state.step

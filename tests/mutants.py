@@ -17,7 +17,8 @@ _SIZE = r"(args\.rows|args\.width|args\.vocabulary|args\.channels|args\.position
         r"|split\.vectors|width|warps|tile_columns)"
 _STRIDE = r"(args\.width|args\.row_stride|args\.channels|args\.positions|args\.halves|width|step|stride|row_step" \
           r"|row_blocks|threads|tiles_across|tile_columns|kVector|kNormWarps|blockDim\.[xy])"
-_SCALE = r"(kLog2e|kLinear|kTwoSqrt2OverPi|kCubic|mean|rstd|mean_g|mean_g_xhat|dloss|lse|log_sum|args\.scale|args\.eps)"
+_SCALE = r"(kLog2e|kLinear|kTwoSqrt2OverPi|kCubic|mean|rstd|mean_g|mean_g_xhat|dloss|lse|log_sum|args\.scale" \
+         r"|args\.eps)"
 
 # kind -> (pattern, replacement). Every match in device code is one mutant.
 RULES: dict[str, list[tuple[str, str]]] = {
@@ -164,7 +165,8 @@ def _split(ptx: str, count: int) -> list[str]:
     return texts
 
 
-SYNCHRONISATION = re.compile(r"^\s*(bar\.sync|barrier\.sync|bar\.warp\.sync|cp\.async\.wait\w*)[^;]*;", re.MULTILINE)
+SYNCHRONISATION = re.compile(
+    r"^\s*(bar\.sync|bar\.red|barrier\.(cta\.)?(sync|red)|bar\.warp\.sync|cp\.async\.wait\w*)[^;]*;", re.MULTILINE)
 
 
 def entries(ptx: str) -> dict[str, str]:

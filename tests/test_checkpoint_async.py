@@ -21,7 +21,7 @@ from gptdist import checkpoint
 from gptdist.checkpoint import files
 from gptdist.checkpoint.saver import Saver
 from gptdist.checkpoint.share import HostBuffers, SharePlanner, own_share
-from gptdist.errors import UserError
+from gptdist.errors import EXIT_REQUEUE, UserError
 from gptdist.parallel.world import init_world
 from gptdist.trainer import Trainer
 from tests.conftest import ROOT
@@ -109,9 +109,30 @@ def test_an_error_is_raised_once_and_leaves_nothing(tmp_path):
     saves.wait()
     with disk_full(True):
         saves.save(2, state(), FILES, background=True)
-        assert "No space left" in user_error(lambda: saves.save(3, state(), FILES, background=True))
+        saves.settle()
+        assert "No space left" in user_error(saves.wait)
         assert "No space left" in user_error(lambda: save_in_block(saver(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_failure_the_next_save_has_to_succeed(tmp_path, capfd):
+    saves = saver(tmp_path)
+    with disk_full(True):
+        saves.save(1, state(), FILES, background=True)
+        message = user_error(lambda: saves.save(2, state(), FILES, background=True))
+    assert "No space left" in message
+    assert list(tmp_path.iterdir()) == []
+    with disk_full(True):
+        saves.save(3, state(), FILES, background=True)
+        saves._thread.join()
+    assert saves.failed
+    saves.save(4, state(), FILES, background=True)
+    assert not saves.failed
+    checkpoint.verify(tmp_path / "step-00000004")  # in the foreground: it is there already
+    saves.save(5, state(), FILES, background=True)
+    saves.wait()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
+    assert capfd.readouterr().err.count("a checkpoint could not be saved: cannot save to") == 2
 
 
 def save_in_block(saves, error=None):
@@ -164,13 +185,35 @@ def test_training_in_background_saves_the_same_checkpoints(dataset, tmp_path):
     assert [r["loss"] for r in resumed] == [r["loss"] for r in plain]
 
 
-def test_a_full_disk_in_the_background_ends_the_run(dataset, tmp_path):
+def test_a_disk_that_stays_full_ends_the_run(dataset, tmp_path):
     run = tmp_path / "run"
     config = tiny_config(dataset, run, "--checkpoint.every=5", "--eval.every=0")
     with disk_full(True), pytest.raises(UserError, match="No space left on device"):
         Trainer(config, init_world(config.parallel)).run()
     assert list((run / "checkpoints").iterdir()) == []
-    assert train_rows(run)[-1]["step"] == 10, "it is raised where the next save begins"
+    assert train_rows(run)[-1]["step"] == 10, "it is raised by the next save"
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_disk_that_was_full_for_a_while_costs_one_checkpoint(stop, dataset, tmp_path, monkeypatch, capfd):
+    """The failure at step 5 is told at once; the last save, or a stopped run's, is done all the same."""
+    config = tiny_config(dataset, tmp_path / "run", "--checkpoint.every=5", "--eval.every=0", "--train.stop_at=9")
+    trainer = Trainer(config, init_world(config.parallel))
+    full, step = disk_full(True), trainer._step
+
+    def counted(batch):
+        if batch.step == 5:
+            trainer.saver._thread.join()
+            full.__exit__(None, None, None)
+        trainer.stop.received = stop and batch.step == 6
+        row = step(batch)
+        assert ("could not be saved" in capfd.readouterr().err) == (batch.step == 5)
+        return row
+
+    monkeypatch.setattr(trainer, "_step", counted)
+    full.__enter__()
+    assert trainer.run() == (EXIT_REQUEUE if stop else 0)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{7 if stop else 9:08d}"]
 
 
 def test_a_bug_in_training_waits_for_the_save_under_way(dataset, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_skipped_checkpoint_is_named(run, tmp_path, capsys):
     """A later checkpoint that is incomplete is passed over, and one line says so."""
     root = tmp_path / "run" / "checkpoints"
     shutil.copytree(run, tmp_path / "run")
-    for argv in (["generate", "--prompt", "x", "--max-new-tokens", "1"], ["evaluate"], ["inspect"], ["verify"]):
+    for argv in (["generate", "--prompt", "x", "--max-new-tokens", "1"], ["evaluate"], ["inspect"]):
         shutil.copytree(root / "step-00000002", root / "step-00000004")
         (root / "step-00000004" / "index.json").unlink()
         argv.insert(1, str(tmp_path / "run"))
@@ -188,6 +188,19 @@ def test_a_skipped_checkpoint_is_named(run, tmp_path, capsys):
         assert main(argv) == 0
         assert capsys.readouterr().err == "", "an earlier one does not matter, nor do others where one is given"
         shutil.rmtree(root / "step-00000001")
+
+
+def test_verify_of_a_run_whose_newest_checkpoint_is_incomplete(run, tmp_path, capsys):
+    root = tmp_path / "run" / "checkpoints"
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(root / "step-00000002", root / "step-00000004")
+    (root / "step-00000004" / "index.json").unlink()
+    assert main(["verify", str(tmp_path / "run")]) == 2
+    done = capsys.readouterr()
+    assert "step-00000002: all right" in done.out
+    assert done.err.startswith("gptdist verify: only step-00000002 is all right, not step-00000004: not a complete")
+    assert done.err.count("\n") == 1
+    assert main(["verify", str(root / "step-00000002")]) == 0
 
 
 def test_long_prompts_are_noted_once(run, tmp_path, capsys):

@@ -125,6 +125,18 @@ def test_a_value_beyond_fp16_is_refused(tokenizer, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "hf"]
 
 
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_values_that_are_not_finite_are_not_exported(format, tokenizer, tmp_path, monkeypatch):
+    if format == "gguf":
+        pytest.importorskip("gguf", reason="the gguf package is not installed (the extra `convert`)")
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda shape: randn(shape).fill_(torch.nan) if shape == (96,) else randn(shape))
+    path = random_checkpoint(tmp_path / "checkpoint", tokenizer)
+    with pytest.raises(UserError, match=r"checkpoint: model.blocks.0.attn.qkv.bias has values that are not finite"):
+        export_model(path, str(tmp_path / "out"), format=format, dtype="bf16")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_sizes():
     assert [parse_size(s) for s in ("5GB", "2 MiB", "1.5kb", "77")] == [5 * 10**9, 2 << 20, 1500, 77]
     for text in ("", "5 apples", "-1GB", "0"):

@@ -18,6 +18,7 @@ from gptdist.checkpoint.restore import read_config
 from gptdist.checkpoint.verify_values import verify_values
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2 as gpt2_layout
+from gptdist.convert.deepspeed import STAND_INS, _step
 from gptdist.convert.files import read_torch
 from gptdist.convert.importer import import_model
 from gptdist.errors import UserError
@@ -69,6 +70,9 @@ def edit(**changes):
     (edit(n_layer=3), "no tensor transformer.h.2"),
     (edit(n_embd=64), "different models"),
     (edit(n_head="4"), "model_args n_head is '4'"),
+    (edit(n_head=5), r"ckpt.pt: model.n_heads=5 does not divide model.width=32"),
+    (edit(dropout=[1]), r"ckpt.pt: model_args dropout is \[1\], expected a number"),
+    (lambda found: found["model"]["transformer.wpe.weight"].fill_(float("nan")), "ckpt.pt: transformer.wpe.weight has"),
     (lambda found: found.pop("model_args"), "expected nanoGPT's 'model' and 'model_args'"),
     (lambda found: found["model_args"].pop("bias"), "it lacks bias"),
     (lambda found: found.update(model=[1]), "expected a table of tensors"),
@@ -90,6 +94,24 @@ def test_code_in_a_nanogpt_checkpoint_does_not_run(tokenizer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
     torch.load(tmp_path / "ckpt.pt", weights_only=False)  # the code is real: unpickled carelessly, it runs
     assert (tmp_path / "sentinel").exists()
+
+
+class System:
+    """A command of the shell that runs when it is unpickled."""
+
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sentinel}",)
+
+
+def test_a_blocked_module_is_named(tmp_path):
+    """torch has a text of its own for modules such as posix."""
+    torch.save({"a": System(tmp_path / "sentinel")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: its pickle asks for posix\.system, .*nothing of it was run"):
+        read_torch(tmp_path / "x.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def cut(**how):
@@ -153,7 +175,8 @@ def write_zero(folder: Path, stage: int, world: int, classes, prefix: str = "", 
     folder.mkdir(parents=True)
     shapes = [{prefix + n: t.shape for n, t in group.items()} for group in groups]
     model = {"module": {}, "param_shapes": shapes, "buffer_names": [], "shared_params": {}, "dp_world_size": world,
-             "frozen_param_shapes": None, "ds_config": {"zero_optimization": {"stage": stage}}}
+             "frozen_param_shapes": None, "ds_config": {"zero_optimization": {"stage": stage}}, "global_steps": 8,
+             "skipped_steps": 1}
     if stage == 0:
         torch.save(model | {"module": {prefix + n: t for n, t in tensors.items()}},
                    folder / "mp_rank_00_model_states.pt")
@@ -163,10 +186,12 @@ def write_zero(folder: Path, stage: int, world: int, classes, prefix: str = "", 
         torch.save(model, folder / name)
     for rank in range(world):
         state = {"zero_stage": stage_enum(stage), "loss_scaler": scaler(), "overflow": False}
+        steps = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 0.1}]}
         if stage == 3:
-            state |= {"partition_count": world, "fp32_flat_groups": [zero3_part(g, rank, world) for g in groups]}
+            state |= {"optimizer_state_dict": steps, "partition_count": world,
+                      "fp32_flat_groups": [zero3_part(g, rank, world) for g in groups]}
         else:
-            state |= {"partition_count": [world] * 2,
+            state |= {"base_optimizer_state": steps, "partition_count": [world] * 2,
                       "single_partition_of_fp32_groups": [zero2_part(g, rank, world, padding) for g in groups],
                       "param_alignment_paddings": [[padding] * len(g) for g in groups] if padding else None}
         torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -228,6 +253,25 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-500])
 
 
+def other_step(folder):
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    found = torch.load(path, weights_only=False)
+    found["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] = torch.tensor(5.0)
+    torch.save(found, path)
+
+
+def other_model_step(folder):
+    path = folder / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path, weights_only=False) | {"global_steps": 20}, path)
+
+
+def not_finite(folder):
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    found = torch.load(path, weights_only=False)
+    found["optimizer_state_dict"]["single_partition_of_fp32_groups"][1][-1] = float("nan")
+    torch.save(found, path)
+
+
 def evil(folder):
     torch.save({"optimizer_state_dict": Evil(folder.parent / "sentinel")},
                folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -241,7 +285,10 @@ def evil(folder):
     (rename("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"), "tensor parallelism"),
     (other_world, "saved by 4 ranks with ZeRO-2"),
     (short_flat, "the files are not of one model"),
-    (truncated, "is not a complete file of torch.save"),
+    (truncated, r"is not a complete file of torch.save \(RuntimeError: [^.]*\); get the file again$"),
+    (other_step, r"rank_1_mp_rank_00_optim_states.pt was saved after step 5, zero_pp_rank_0\S* after step 7"),
+    (other_model_step, r"mp_rank_00_model_states.pt was saved after step 19, zero_pp_rank_0\S* after step 7"),
+    (not_finite, "zero: ln_f.bias has values that are not finite"),
     (evil, "refused, nothing of it was run"),
     (lambda f: (f.parent / "config.yaml").write_text(YAML.replace("n_layers: 2", "n_layers: 3")), "no tensor blocks.2"),
     (lambda f: (f.parent / "config.yaml").write_text(YAML.replace("context: 32", "context: 64")), "wpe.weight has sh"),
@@ -256,6 +303,13 @@ def test_bad_zero_directories(spoil, message, deepspeed_classes, tokenizer, tmp_
         import_model(str(tmp_path / "zero"), str(tmp_path / "out"), tokenizer=tokenizer)
     assert "\n" not in str(error.value)
     assert {p.name for p in tmp_path.iterdir()} <= {"zero", "config.yaml"}  # no output, no sentinel
+
+
+@pytest.mark.parametrize(("optimizer", "step"), [
+    ({"state": {0: {"step": 3}}}, 3), ({"state": {}, "param_groups": [{"step": 4}]}, 4), ({"state": {}}, None),
+    ({"state": {0: {"step": "x"}}}, None), ([{"exp_avg": 1}], None), (None, None)])
+def test_steps_are_counted_by_tensor_or_by_group(optimizer, step):
+    assert _step(optimizer) == step
 
 
 def test_latest_cannot_lead_elsewhere(tokenizer, tmp_path):
@@ -280,3 +334,24 @@ def test_what_a_deepspeed_engine_saved(stage, tokenizer, tmp_path):
     expected, found = torch.load(tmp_path / "zero" / "expected.pt", weights_only=True), load_tensors(path)
     assert {f"model.{name}" for name in expected} == found.keys()
     assert all(torch.equal(found[f"model.{name}"], value) for name, value in expected.items())
+
+
+class AsEarlyPython311:
+    """Pickled as getattr(holder, name), as Python 3.11.0 to 3.11.3 does with an enum's member."""
+
+    def __init__(self, holder, name):
+        self.call = getattr, (holder, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_an_enum_of_early_python_3_11_is_read_and_no_other_attribute(deepspeed_classes, tmp_path):
+    stage = deepspeed_classes[0]
+    pickled = {"good": (stage, "gradients"), "dunder": (stage, "__class__"), "other": (torch.Size, "count")}
+    for name, (holder, attribute) in pickled.items():
+        torch.save({"zero_stage": AsEarlyPython311(holder, attribute)}, tmp_path / f"{name}.pt")
+    assert read_torch(tmp_path / "good.pt", STAND_INS)["zero_stage"] == 2
+    for name in ("dunder", "other"):
+        with pytest.raises(UserError, match="nothing of it was run"):
+            read_torch(tmp_path / f"{name}.pt", STAND_INS)

@@ -98,6 +98,19 @@ def test_a_pattern_that_llama_cpp_does_not_know(tmp_path):
         export_model(path, str(tmp_path / "m.gguf"), format="gguf")
 
 
+def test_a_full_disk_names_the_file(tokenizer, tmp_path, monkeypatch):
+    """numpy writes tensors, and says without an errno that not all of one was written."""
+    path = random_checkpoint(tmp_path / "checkpoint", tokenizer)
+
+    def short(*args):
+        raise OSError("8192 requested and 4096 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    with pytest.raises(UserError, match=r"cannot save to .*m.gguf: 8192 requested and 4096 written .*free some disk"):
+        export_model(path, str(tmp_path / "m.gguf"), format="gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_without_the_package(tokenizer, tmp_path, monkeypatch):
     path = random_checkpoint(tmp_path / "checkpoint", tokenizer)
     monkeypatch.setitem(sys.modules, "gguf", None)

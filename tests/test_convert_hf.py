@@ -16,6 +16,7 @@ from gptdist.convert import gpt2 as gpt2_layout
 from gptdist.convert.exporter import export_model
 from gptdist.convert.hf import model_config
 from gptdist.convert.importer import import_model
+from gptdist.data.tokenizer_build import build
 from gptdist.errors import UserError
 from tests.convert_models import (
     VOCAB,
@@ -113,17 +114,19 @@ def test_import_holds_one_tensor_at_a_time(tokenizer, tmp_path):
     """An 88 MB model whose largest tensor has 4 MB; a process that held it once would need as much more."""
     model = gpt2(n_embd=512, n_layer=7, bos_token_id=None, eos_token_id=None)
     folder = save_hf(model, tmp_path / "hf", tokenizer=tokenizer)
-    size = (folder / "model.safetensors").stat().st_size
-    assert size > 80 << 20
+    small = save_hf(gpt2(), tmp_path / "small", tokenizer=tokenizer)
+    assert (folder / "model.safetensors").stat().st_size > 80 << 20
     # Not getrusage: its peak outlives exec, so that the parent's would be found.
     code = (
         "import sys; from gptdist.convert.importer import import_model; "
         "from gptdist.convert.exporter import export_model\n"
         "def kib(key): return int(open('/proc/self/status').read().split(key + ':')[1].split()[0])\n"
+        "small = import_model(sys.argv[4], sys.argv[2] + '-s').path\n"  # loads the libraries
+        "export_model(small, sys.argv[3] + '-s', format='hf')\n"
         "before = kib('VmRSS'); path = import_model(sys.argv[1], sys.argv[2]).path; middle = kib('VmHWM')\n"
         "export_model(path, sys.argv[3], format='hf'); print((middle - before) << 10, (kib('VmHWM') - middle) << 10)")
-    done = subprocess.run([sys.executable, "-c", code, folder, tmp_path / "in", tmp_path / "out"], text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, folder, tmp_path / "in", tmp_path / "out", small],
+                          text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     more_in, more_out = map(int, done.stdout.split())
     # Mapped pages of the files read count as resident until the kernel wants them, so one bound below the model's size
@@ -193,7 +196,11 @@ def other_tokenizer(folder, tmp_path):
     (change_config(n_layer=3), "no tensor transformer.h.2.attn.c_attn.bias"),
     (change_config(n_layer=1), "is no part of the GPT-2 of config.json"),
     (change_config(n_embd=36), "they belong to different models"),
-    (change_config(n_embd=33), "n_heads=4 does not divide"),
+    (change_config(n_embd=33), r"hf/config.json: model.n_heads=4 does not divide"),
+    (change_config(layer_norm_epsilon="x"), "config.json: layer_norm_epsilon is 'x', expected a number"),
+    (change_config(resid_pdrop=[1]), r"config.json: resid_pdrop is \[1\], expected a number"),
+    (edit_state(lambda state: state["transformer.wpe.weight"][3].fill_(float("inf"))),
+     r"hf/model.safetensors: transformer.wpe.weight has values that are not finite"),
     (change_config(n_embd="wide"), "n_embd is 'wide'"),
     (change_config(vocab_size=301), r"transformer.wte.weight has shape \(300, 32\)"),
     (change_config(model_type="llama"), "model_type is 'llama', only 'gpt2'"),
@@ -219,6 +226,17 @@ def test_bad_directories(spoil, message, model, tokenizer, tmp_path):
         import_model(str(folder), str(tmp_path / "out"))
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # no output, no temporary, no sentinel
+
+
+def test_a_tokenizer_that_is_not_the_models_own_is_noted(model, tokenizer, tmp_path):
+    folder = save_hf(model, tmp_path / "hf", tokenizer=tokenizer)
+    text = "other words give other tokens of the same number: quick brown foxes jump over lazy dogs "
+    build(f"bpe:{VOCAB}", [text * 9]).save(tmp_path / "other")
+    tokenizer.save(tmp_path / "same")
+    notes = [import_model(str(folder), str(tmp_path / f"out-{name}"), tokenizer=str(tmp_path / name)).note
+             for name in ("same", "other")]
+    assert notes[0] == ""
+    assert notes[1].endswith("other is not the tokenizer beside the model")
 
 
 def shards(folder, number):

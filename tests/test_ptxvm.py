@@ -613,7 +613,7 @@ def test_other_python_threads_run_meanwhile():
 
     thread = threading.Thread(target=tick)
     thread.start()
-    launch("mov.u32 %r1, 0; LOOP: add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, 200000; @%p1 bra LOOP;")
+    launch("mov.u32 %r1, 0; LOOP: add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, 3000000; @%p1 bra LOOP;")
     done.set()
     thread.join()
     assert len(ticks) > 2

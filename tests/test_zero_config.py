@@ -9,7 +9,7 @@ import torch
 from gptdist import config as config_module
 from gptdist.config import ParallelConfig
 from gptdist.errors import MissingError, UserError
-from gptdist.parallel.deepspeed_config import YAML_NAMES, deepspeed_config, resolved_deepspeed_config
+from gptdist.parallel.deepspeed_config import DEFAULTS, YAML_NAMES, deepspeed_config, resolved_deepspeed_config
 from gptdist.parallel.flat_shard import FlatShard, boxes
 from gptdist.parallel.world import init_world
 from tests.conftest import run_gptdist
@@ -20,10 +20,10 @@ def zero_config(*overrides, strategy="zero2"):
                                      "--train.grad_clip=0.5", f"--parallel.strategy={strategy}", *overrides])
 
 
-def with_json(tmp_path, values, **kwargs):
+def with_json(tmp_path, values, world=2, **kwargs):
     path = tmp_path / "ds.json"
     path.write_text(values if isinstance(values, str) else json.dumps(values))
-    return resolved_deepspeed_config(zero_config(f"--parallel.deepspeed_config={path}", **kwargs), 2)
+    return resolved_deepspeed_config(zero_config(f"--parallel.deepspeed_config={path}", **kwargs), world)
 
 
 @pytest.mark.parametrize(("world", "batch", "rows", "count"), [(1, 12, 2, 6), (2, 12, 2, 3), (4, 12, 3 // 2 + 1, 2)])
@@ -71,7 +71,16 @@ def test_a_users_json_adds_and_may_repeat(tmp_path):
     ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}, "optimizer.params.lr=1e-05", "0.0006"),
     ({"scheduler": {"type": "WarmupLR"}}, "scheduler", "schedule.name=cosine"),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, '"bf16"', '"fp32"'),
-    ({"steps": "auto"}, "steps", "nothing in the YAML"),
+    ({"wall_clock_breakdown": "auto"}, "wall_clock_breakdown", "nothing in the YAML"),
+    ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled=true", "train.precision"),
+    ({"amp": {"enabled": True}}, "amp.enabled=true", "train.precision"),
+    ({"zero_optimization": True}, "zero_optimization=true", "expected an object such as"),
+    ({"zero_optimization": {"offload_optimizer": None}}, "offload_optimizer=null", 'such as {"device": "..."}'),
+    ({"bf16": "auto"}, 'bf16="auto"', 'an object such as {"enabled": "..."}'),
+    ({"train_batch_size": {"x": 1}}, 'train_batch_size={"x": 1}', "a value such as 12"),
+    ({"train_batch_sise": 7}, "'train_batch_sise'", "did you mean 'train_batch_size'?"),
+    ({"zero_optimisation": {}}, "'zero_optimisation'", "did you mean 'zero_optimization'?"),
+    ({"my_notes": {}}, "'my_notes'", "would ignore; remove it"),
     ("[1]", "list", "expected an object"),
     ("{", "not valid JSON", "ds.json"),
 ])
@@ -85,10 +94,34 @@ def test_a_contradiction_names_both_values(tmp_path, values, theirs, ours):
 
 def test_every_checked_entry_is_derived_at_some_stage():
     derived = deepspeed_config(zero_config(strategy="zero3"), 2)
-    for name in YAML_NAMES:
+    for name in YAML_NAMES.keys() - DEFAULTS.keys():
         value = derived
         for key in name.split("."):
             value = value[key]
+
+
+@pytest.mark.parametrize(("zero", "message"), [
+    ({"overlap_com": True}, "DeepSpeedZeroConfig overlap_com"),
+    ({"cpu_offload": True}, "cpu_offload"),
+    ({"reduce_bucket_size": "big"}, "reduce_bucket_size"),
+])
+def test_what_deepspeed_refuses_names_the_file(zero, message, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="the deepspeed package is not installed")
+    from gptdist.parallel.zero import check_json
+
+    values = with_json(tmp_path, {"zero_optimization": zero}, world=1)
+    with pytest.raises(UserError, match=r"parallel.deepspeed_config=ds.json is refused by DeepSpeed: ") as caught:
+        check_json(values, "ds.json")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    check_json(with_json(tmp_path, {"zero_optimization": {"overlap_comm": True}}, world=1), "ds.json")
+
+
+@pytest.mark.parametrize(("world", "message"), [(0, "--processes is 0, expected at least 1"),
+                                                (12, "world size 12 is larger than the 11 sequences of a step")])
+def test_a_number_of_processes_that_cannot_train(world, message):
+    with pytest.raises(UserError, match=message):
+        resolved_deepspeed_config(zero_config(), world)
 
 
 def test_an_unknown_json_file(tmp_path):

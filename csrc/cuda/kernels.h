@@ -133,4 +133,47 @@ struct Dropout {
 };
 Error dropout(const Dropout& args, Stream stream);
 
+// attention_forward.cu, attention_backward.cu. One projection holds everything: for each kv head its `group` query heads,
+// then k, then v. All arrays are contiguous; elements are 16 bits wide; D is head_dim, 64 or 128.
+
+struct AttentionDropout {
+  const int64_t* key;         // [1], on the device; nullptr: no dropout, and the rest is ignored
+  const int64_t* sample_ids;  // [batch]
+  uint32_t threshold;         // kept iff random word >= threshold = floor(p 2^32)
+  float scale;                // 1 / (1 - p)
+  int32_t site, head_offset;  // head_offset: global number of query head 0
+};
+
+struct AttentionForward {
+  Dtype dtype;               // bf16 or fp16, of qkv and out
+  const void* qkv;           // [batch, positions, kv_heads, group + 2, D]
+  const int32_t* doc_start;  // [batch, positions]: the first key that a query sees; never decreasing along a row, at
+                             // most the query's own position. nullptr: 0. Only where causal
+  void* out;                 // [batch, positions, kv_heads, group, D], overwritten
+  float* lse;                // [batch, kv_heads, group, positions], overwritten: log-sum-exp of the scaled scores
+  int32_t qkv_stride, out_stride;  // elements from position to position: kv_heads (group + 2) D and kv_heads group D
+  int32_t batch, positions, kv_heads, group, head_dim;
+  int32_t causal;            // 1: a query sees no later key. 0: it sees all
+  float softmax_scale;       // > 0
+  AttentionDropout dropout;
+};
+Error attention_forward(const AttentionForward& args, Stream stream);
+
+struct AttentionBackward {
+  Dtype dtype;               // of dout, qkv, out and dqkv
+  const void* dout;          // [batch, positions, kv_heads, group, D]
+  const void* qkv;           // [batch, positions, kv_heads, group + 2, D]
+  const void* out;           // [batch, positions, kv_heads, group, D]
+  const float* lse;          // [batch, kv_heads, group, positions]
+  const int32_t* doc_start;  // as in the forward
+  float* statistics;         // [batch, kv_heads, group, positions, 2] scratch: lse log2(e), dot product of dout and out
+  void* dqkv;                // like qkv, overwritten
+  int32_t qkv_stride, out_stride;  // of qkv and dqkv; of out and dout
+  int32_t batch, positions, kv_heads, group, head_dim;
+  int32_t causal;
+  float softmax_scale;
+  AttentionDropout dropout;
+};
+Error attention_backward(const AttentionBackward& args, Stream stream);
+
 }  // namespace gptdist::cuda

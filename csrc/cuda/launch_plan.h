@@ -172,4 +172,70 @@ inline LaunchPlan plan_dropout(const Dropout& args) {
   return {"dropout_kernel", variant, {grid_of(blocks), 1, 1}, {shape.tiles.threads_x, shape.tiles.threads_y, 1}, 0};
 }
 
+// attention_forward.cu and attention_backward.cu
+
+// Dropout's kernels ask at run time whether there are documents: beside the mask's arithmetic that costs nothing.
+enum AttentionVariant : int32_t { kAttentionPlain, kAttentionDocuments, kAttentionDropout };
+
+constexpr int32_t kAttentionWarps = 4, kAttentionThreads = kAttentionWarps * 32;
+
+struct AttentionTile {
+  int32_t queries, keys;
+};
+
+constexpr AttentionTile attention_forward_tile(int32_t head_dim) {
+  return head_dim == 64 ? AttentionTile{128, 128} : AttentionTile{128, 64};
+}
+
+constexpr AttentionTile attention_dkv_tile(int32_t head_dim) {
+  return head_dim == 64 ? AttentionTile{64, 128} : AttentionTile{64, 64};
+}
+
+constexpr AttentionTile attention_dq_tile(int32_t head_dim) {
+  return head_dim == 64 ? AttentionTile{128, 64} : AttentionTile{128, 32};
+}
+
+constexpr int32_t kStatisticsRows = 16;  // of attention_statistics_kernel's blocks: 8 threads a row
+
+template <class Args>
+int64_t attention_heads(const Args& args) {
+  return int64_t(args.batch) * args.kv_heads * args.group;
+}
+
+template <class Args>
+AttentionVariant attention_variant(const Args& args) {
+  if (args.dropout.key != nullptr && args.dropout.threshold > 0) return kAttentionDropout;  // 0: p < 2^-32, all is kept
+  return args.doc_start != nullptr ? kAttentionDocuments : kAttentionPlain;
+}
+
+// Shared memory: Q, one tile of K and one of V.
+inline LaunchPlan plan_attention_forward(const AttentionForward& args) {
+  const AttentionTile tile = attention_forward_tile(args.head_dim);
+  const int64_t blocks = ceil_div(args.positions, tile.queries) * attention_heads(args);
+  return {"attention_forward_kernel", attention_variant(args), {grid_of(blocks), 1, 1}, {kAttentionThreads, 1, 1},
+          uint32_t((tile.queries + 2 * tile.keys) * args.head_dim * 2)};
+}
+
+inline LaunchPlan plan_attention_statistics(const AttentionBackward& args) {
+  const int64_t blocks = ceil_div(args.positions, kStatisticsRows) * attention_heads(args);
+  return {"attention_statistics_kernel", 0, {grid_of(blocks), 1, 1}, {kStatisticsRows * 8, 1, 1}, 0};
+}
+
+// Shared memory: K and V; Q and dO twice, with 8 bytes of statistics and 4 of document starts a query.
+inline LaunchPlan plan_attention_dkv(const AttentionBackward& args) {
+  const AttentionTile tile = attention_dkv_tile(args.head_dim);
+  const int64_t blocks = ceil_div(args.positions, tile.keys) * args.batch * args.kv_heads;
+  const int32_t query_bytes = 2 * args.head_dim * 2 + 8 + (args.doc_start != nullptr ? 4 : 0);
+  return {"attention_dkv_kernel", attention_variant(args), {grid_of(blocks), 1, 1}, {kAttentionThreads, 1, 1},
+          uint32_t(2 * tile.keys * args.head_dim * 2 + 2 * tile.queries * query_bytes)};
+}
+
+// Shared memory: Q and dO; K and V twice.
+inline LaunchPlan plan_attention_dq(const AttentionBackward& args) {
+  const AttentionTile tile = attention_dq_tile(args.head_dim);
+  const int64_t blocks = ceil_div(args.positions, tile.queries) * attention_heads(args);
+  return {"attention_dq_kernel", attention_variant(args), {grid_of(blocks), 1, 1}, {kAttentionThreads, 1, 1},
+          uint32_t((2 * tile.queries + 4 * tile.keys) * args.head_dim * 2)};
+}
+
 }  // namespace gptdist::cuda

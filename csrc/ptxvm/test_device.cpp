@@ -36,9 +36,22 @@ Dropout shaped_dropout(Dtype dtype, int64_t batch, int64_t positions, int32_t ch
   return args;
 }
 
+// `heads` heads of one batch row, without options.
+template <class Args>
+Args shaped_attention(Dtype dtype, int64_t heads, int64_t positions, int32_t head_dim) {
+  Args args{};
+  args.dtype = dtype;
+  args.batch = args.group = 1;
+  args.kv_heads = int32_t(heads);
+  args.positions = int32_t(positions);
+  args.head_dim = head_dim;
+  return args;
+}
+
 }  // namespace
 
-// launch_plan.h for tests: the plan of the launcher `name` for batch * rows rows of `width` elements. Returns 0 if known.
+// launch_plan.h for tests: the plan of the launcher `name` for batch * rows rows of `width` elements; of attention, for
+// batch heads of `rows` positions, D = width. Returns 0 if known.
 extern "C" __attribute__((visibility("default"))) int gptdist_vm_plan(const char* name, int32_t dtype_number,
                                                                       int64_t batch, int64_t rows, int32_t width,
                                                                       LaunchPlan* plan) {
@@ -59,6 +72,14 @@ extern "C" __attribute__((visibility("default"))) int gptdist_vm_plan(const char
     *plan = plan_cross_entropy_backward(shaped<CrossEntropyBackward>(dtype, all, width));
   else if (launcher == "dropout")
     *plan = plan_dropout(shaped_dropout(dtype, batch, rows, width));
+  else if (launcher == "attention_forward")
+    *plan = plan_attention_forward(shaped_attention<AttentionForward>(dtype, batch, rows, width));
+  else if (launcher == "attention_statistics")
+    *plan = plan_attention_statistics(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
+  else if (launcher == "attention_dkv")
+    *plan = plan_attention_dkv(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
+  else if (launcher == "attention_dq")
+    *plan = plan_attention_dq(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
   else if (launcher == "fold_partials")  // rows: how many sums of `width` elements
     *plan = plan_fold_partials(int32_t(all), width);
   else

@@ -17,6 +17,7 @@ BLOCK_BYTES = 16 << 20
 FLUSH_BYTES = 64 << 20  # written between two flushes to the disk, so that it works from the start
 
 _ADVICE = {
+    None: "free some disk space",  # numpy's, when not all of an array was written
     errno.ENOSPC: "free some disk space or keep fewer checkpoints",
     errno.EDQUOT: "free some of your disk quota or keep fewer checkpoints",
     errno.EFBIG: "raise the file size limit (ulimit -f)",

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gptdist.errors import ActionableError, DamagedError, MissingError, UserError
+from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, UserError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, e
 
 
-_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, MissingError)}
+_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError)}
 
 
 def _describe(error: BaseException | None) -> tuple[str, str] | None:
@@ -75,6 +75,4 @@ def _raise_first(own: BaseException | None, faults: list[tuple[str, str] | None]
             kind, text = fault
             if not kind:
                 raise RuntimeError(f"rank {rank} failed:\n{text}") from own
-            error = _ACTIONABLE[kind](text)
-            error.agreed = True
-            raise error from own
+            raise _ACTIONABLE[kind](text, agreed=True) from own

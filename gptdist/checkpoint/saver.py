@@ -17,13 +17,15 @@ import torch.distributed as dist
 from gptdist.checkpoint import layout, store
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.share import HostBuffers, SharePlanner
+from gptdist.errors import ActionableError
 
 
 class Saver:
     """Saves step after step into one directory; every rank makes one and calls it alike.
 
-    Leaving its `with` block waits for the save under way. Errors of a save in the background are raised, the same on
-    every rank, by the next `save`, by `wait`, or at the end of the block.
+    A save in the background that fails is told of by `failed`, at another moment on each rank, and printed by `settle`
+    and the next `save`, which is then done in the foreground and has to succeed. Without one the error is raised, the
+    same on every rank, by `wait` or at the end of the `with` block, which also waits for the save under way.
     """
 
     def __init__(self, root: Path, *, keep_last: int, keep_best: bool, timeout_s: float | None = None):
@@ -35,7 +37,8 @@ class Saver:
         self._ranks = Ranks(group)
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # of a save in the background, not yet told
+        self._unsaved: BaseException | None = None  # the same, told: the next save has to succeed
 
     def __enter__(self) -> "Saver":
         return self
@@ -54,9 +57,10 @@ class Saver:
 
         Waits for the save before. In the background, `tensors` may change as soon as this returns.
         """
-        self.wait()
+        self.settle()
+        must_succeed, self._unsaved = self._unsaved is not None, None
         planner = SharePlanner(tensors, self._ranks.rank, self._ranks.world)
-        if not background:
+        if must_succeed or not background:
             self._write(step, planner, files)
             return
         planner.stage(self._buffers)
@@ -64,19 +68,38 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(step, planner, files), name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed since the last `settle`, as far as this rank knows."""
+        return self._error is not None
+
+    def settle(self) -> None:
+        """Wait until no save is in flight; if one failed, say so."""
+        self._join()
+        if self._error is not None:
+            self._unsaved, self._error = self._error, None
+            why = str(self._unsaved) if isinstance(self._unsaved, ActionableError) else repr(self._unsaved)
+            if self._ranks.rank == 0:
+                print(f"a checkpoint could not be saved: {why}; training goes on, but the next save has to succeed",
+                      file=sys.stderr, flush=True)
+
     def wait(self) -> None:
-        """Until no save is in flight; raises the error of the one that was."""
+        """Wait until no save is in flight; raises the error of the last one."""
+        self._join()
+        error = self._error or self._unsaved
+        self._error = self._unsaved = None
+        if error is not None:
+            raise error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def _run(self, step: int, planner: SharePlanner, files: Mapping[str, bytes]) -> None:
         try:
             self._write(step, planner, files)
-        except BaseException as e:  # raised by `wait`
+        except BaseException as e:  # told by `settle` or raised by `wait`
             self._error = e
 
     def _write(self, step: int, planner: SharePlanner, files: Mapping[str, bytes]) -> None:

@@ -207,6 +207,7 @@ def _cause(error: CheckpointException) -> BaseException:
     for cause in causes:
         if not isinstance(cause, UserError):
             return RuntimeError(str(error)) if isinstance(cause, Exception) else cause
+    causes[0].agreed = True
     return causes[0]
 
 

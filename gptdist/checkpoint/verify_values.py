@@ -129,13 +129,13 @@ def _check_optimizer(checkpoint: Path, index: dict[str, Entry], shapes: dict[str
 
 def _check_finite(reader: TensorReader, key: str) -> None:
     for file, offset, values in reader.boxes(key):
-        if not _is_finite(values):
+        if not is_finite(values):
             bad = (~torch.isfinite(values)).nonzero()
             first = tuple(o + i for o, i in zip(offset, bad[0].tolist(), strict=True))
             raise _bad(reader.path, f"{key} ({file}) has {len(bad)} values that are not finite, the first at "
                                     f"{list(first)}: {values[tuple(bad[0].tolist())].item()}")
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Without a mask as large as the values: a sum over finite fp32 values in fp64 is finite."""
     return not values.is_floating_point() or math.isfinite(values.sum(dtype=torch.float64).item())

@@ -10,6 +10,7 @@ name are replaced by empty stand-ins, anything else is refused.
 """
 
 import math
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from gptdist.checkpoint.files import plain_name, user_errors
 from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
-from gptdist.convert.files import read_torch, tensor_parts
+from gptdist.convert.files import finite, read_torch, tensor_parts
 from gptdist.convert.foreign import Foreign
 from gptdist.errors import UserError
 
@@ -44,7 +45,18 @@ class _Stage(int):
     """DeepSpeed's ZeroStageEnum."""
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _member(kind: object, name: object) -> _Stage:
+    """What Python 3.11.0 to 3.11.3 pickles an enum's member as: getattr(ZeroStageEnum, "gradients"), and no other."""
+    if kind is not _Stage or name not in _STAGES:
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL builtins.getattr")
+    return _Stage(_STAGES[name])
+
+
 STAND_INS = {
+    "builtins.getattr": _member,
     "deepspeed.runtime.zero.config.ZeroStageEnum": _Stage,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Nothing,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Nothing,
@@ -118,6 +130,7 @@ class _Rank:
     world: int
     flats: list[Tensor]
     paddings: list[list[int]] | None  # ZeRO-1 and 2: elements behind each parameter, by group
+    step: int | None  # optimizer steps done, where the optimizer counts them
 
 
 def _read_parts(folder: Path) -> dict[str, Part]:
@@ -167,7 +180,27 @@ def _read_ranks(folder: Path, model: Mapping, model_path: Path) -> list[_Rank]:
         if (rank.stage, rank.world) != (ranks[0].stage, world) or len(rank.flats) != len(ranks[0].flats):
             raise UserError(f"{rank.path} was saved by {rank.world} ranks with ZeRO-{rank.stage}, {ranks[0].path.name} "
                             f"by {world} with ZeRO-{ranks[0].stage}; get all files of one save")
+    _check_steps(ranks, model, model_path)
     return ranks
+
+
+def _check_steps(ranks: Sequence[_Rank], model: Mapping, model_path: Path) -> None:
+    """Raise UserError unless all files were saved after the same number of optimizer steps."""
+    first = ranks[0]
+    for rank in ranks:
+        if rank.step != first.step:
+            raise _other_step(rank.path, rank.step, first)
+    done, skipped = model.get("global_steps"), model.get("skipped_steps", 0)
+    if first.step is None or not isinstance(done, int) or not isinstance(skipped, int):
+        return
+    # Older versions of DeepSpeed begin with a step on zeros, which only the optimizer counts.
+    if first.step - (done - skipped) not in (0, 1):
+        raise _other_step(model_path, done - skipped, first)
+
+
+def _other_step(path: Path, step: int | None, first: _Rank) -> UserError:
+    return UserError(f"{path} was saved after step {step}, {first.path.name} after step {first.step}; "
+                     f"get all files of one save")
 
 
 def _read_rank(path: Path) -> _Rank:
@@ -179,7 +212,17 @@ def _read_rank(path: Path) -> _Rank:
     flats = state.get("fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups")
     if not isinstance(flats, list) or not all(isinstance(flat, Tensor) and flat.dim() == 1 for flat in flats):
         raise UserError(f"{path}: no flat fp32 weights in it; expected DeepSpeed's optimizer states")
-    return _Rank(path, int(stage), world, flats, state.get("param_alignment_paddings"))
+    return _Rank(path, int(stage), world, flats, state.get("param_alignment_paddings"),
+                 _step(state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")))
+
+
+def _step(optimizer: object) -> int | None:
+    """The counter of an optimizer's state: torch keeps it by tensor, others by group."""
+    match optimizer:
+        case {"state": {0: {"step": step}}} | {"param_groups": [{"step": step}, *_]}:
+            is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
+            return int(step) if is_number else None
+    return None
 
 
 def _table(value: Any, path: Path) -> Mapping:
@@ -206,7 +249,7 @@ def _parts_of_cut_groups(groups: list[dict], ranks: list[_Rank]) -> Iterator[Par
         if len(gaps) != len(shapes):
             raise _no_fit(ranks[0], f"{len(gaps)} paddings for {len(shapes)} parameters")
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-            yield _part(name, shape, [(flats, offset, math.prod(shape))])
+            yield _part(ranks[0].path.parent, name, shape, [(flats, offset, math.prod(shape))])
             offset += math.prod(shape) + gap
         _check_used(ranks[0], offset, sum(map(len, flats)), slack=2 * len(ranks))
 
@@ -217,7 +260,7 @@ def _parts_of_cut_parameters(groups: list[dict], ranks: list[_Rank]) -> Iterator
     for shapes in groups:
         for name, shape in shapes.items():
             size = -(-math.prod(shape) // len(ranks))
-            yield _part(name, shape, [(rank.flats, offset, size) for rank in ranks])
+            yield _part(ranks[0].path.parent, name, shape, [(rank.flats, offset, size) for rank in ranks])
             offset += size
     for rank in ranks:
         _check_used(rank, offset, sum(map(len, rank.flats)), slack=1)
@@ -233,11 +276,11 @@ def _no_fit(rank: _Rank, why: str) -> UserError:
     return UserError(f"{rank.path}: {why}: the files are not of one model; get all files of one save")
 
 
-def _part(name: str, shape: tuple[int, ...], ranges: list[tuple[list[Tensor], int, int]]) -> Part:
+def _part(where: Path, name: str, shape: tuple[int, ...], ranges: list[tuple[list[Tensor], int, int]]) -> Part:
     """A tensor from ranges (flats, start, count) of concatenated flat tensors, joined when it is read."""
     def get() -> Tensor:
         pieces = [piece for flats, start, count in ranges for piece in _cut(flats, start, count)]
-        return torch.cat(pieces)[:math.prod(shape)].view(shape)
+        return finite(torch.cat(pieces)[:math.prod(shape)].view(shape), name, where)
     return Part(name, ranges[0][0][0].dtype if ranges[0][0] else torch.float32, shape, get)
 
 

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from gptdist.checkpoint.files import user_errors
 from gptdist.checkpoint.shards import DTYPES, Part
+from gptdist.checkpoint.verify_values import is_finite
 from gptdist.errors import UserError
 
+# Both texts in which torch names what a pickle asks for.
+_ASKED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 _DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -51,7 +55,7 @@ def _safetensor(path: Path, name: str) -> Callable[[], Tensor]:
     """Opens the file for one tensor only: its pages are given back with the tensor."""
     def get() -> Tensor:
         with user_errors("read"), safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+            return finite(file.get_tensor(name), name, path)
     return get
 
 
@@ -72,13 +76,13 @@ def read_torch(path: Path, stand_ins: Mapping[str, Callable] | None = None) -> A
 
 def _refused(path: Path, error: Exception) -> UserError:
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"Unsupported global: GLOBAL (\S+)", text)):
+    if isinstance(error, pickle.UnpicklingError) and (named := _ASKED.search(text)):
         return UserError(f"{path}: its pickle asks for {named[1]}, which is no tensor: refused, nothing of it was run; "
                          f"save the model as safetensors where it was made")
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:  # torch's text advises to drop the check
         return UserError(f"{path}: no file of tensors that torch.save wrote, or not whole: refused, nothing of it "
                          f"was run; get the file again, or save the model as safetensors where it was made")
-    first = (text.splitlines() or [""])[0][:200]
+    first = (text.splitlines() or [""])[0].partition(". ")[0][:200]  # its sentence; advice of torch's follows
     return UserError(f"{path} is not a complete file of torch.save ({type(error).__name__}: {first}); "
                      f"get the file again")
 
@@ -88,7 +92,15 @@ def tensor_parts(values: object, where: Path) -> dict[str, Part]:
     if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
         raise UserError(f"{where}: expected a table of tensors by name, got {type(values).__name__}; "
                         f"save the model's state_dict()")
-    return {str(name): memory_part(str(name), value) for name, value in values.items()}
+    return {str(name): Part(str(name), value.dtype, tuple(value.shape), partial(finite, value, str(name), where))
+            for name, value in values.items()}
+
+
+def finite(value: Tensor, name: str, where: Path) -> Tensor:
+    """`value`, unless it has a NaN or an infinity: then UserError."""
+    if not is_finite(value):
+        raise UserError(f"{where}: {name} has values that are not finite: the model is broken; use an earlier save")
+    return value
 
 
 def memory_part(name: str, value: Tensor) -> Part:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
+from gptdist.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,14 @@ class Foreign:
     layout: str = "plain"
     shape_source: str = "config.json"  # the file that says what the tensors should be
     note: str = ""  # what a user must know about the result
+
+
+def named_config(path: Path, **values: Any) -> ModelConfig:
+    """The configuration that a file gives; an impossible one is an error that names the file."""
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def exact_ratio(hidden: int, width: int) -> float:

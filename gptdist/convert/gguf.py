@@ -4,6 +4,7 @@ As llama.cpp's own converter, vectors and positions are fp32 whatever the type o
 once (llama.cpp falls back to the token embedding).
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptdist.checkpoint.files import naming
 from gptdist.checkpoint.shards import Part
 from gptdist.checkpoint.stream import new_file
 from gptdist.convert.exporter import Export
@@ -51,14 +53,12 @@ def write_gguf(export: Export, final: Path) -> None:
         for part in parts:
             size = int(np.prod(part.shape)) * part.dtype.itemsize
             writer.add_tensor_info(part.key, part.shape, np.dtype(np.float32), size, raw_dtype=_type(part.dtype))
-        try:
+        with naming(final), contextlib.closing(writer):
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for part in parts:
                 writer.write_tensor_data(_bytes(part.get()))
-        finally:
-            writer.close()
 
 
 def _parts(export: Export) -> Iterator[Part]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptdist.checkpoint.restore import MergedReader
 from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
-from gptdist.convert.files import listed
+from gptdist.convert.files import finite, listed
 from gptdist.errors import UserError
 from gptdist.model import build_meta
 
@@ -130,7 +130,8 @@ def from_checkpoint(reader: MergedReader, config: ModelConfig, dtype: torch.dtyp
 
 def _exporter(reader: MergedReader, name: str, config: ModelConfig, dtype: torch.dtype) -> Callable[[], Tensor]:
     def get() -> Tensor:
-        value = cast(reader.read(f"model.{name}"), dtype, name)
+        key = f"model.{name}"
+        value = cast(finite(reader.read(key), key, reader.path), dtype, name)
         if name in _VOCABULARY:
             return value[:config.vocab_size]
         return ungroup_qkv(value, config) if ".attn.qkv." in name else value
@@ -138,8 +139,8 @@ def _exporter(reader: MergedReader, name: str, config: ModelConfig, dtype: torch
 
 
 def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`value` in `dtype`. Raises UserError if a finite value has no finite form there."""
+    """Finite values in `dtype`. Raises UserError if one has no finite form there."""
     result = value.to(dtype)
-    if dtype == torch.float16 and bool(torch.isinf(result).any()) and not bool(torch.isinf(value).any()):
+    if dtype == torch.float16 and bool(torch.isinf(result).any()):
         raise UserError(f"{name} has values beyond 65504, the largest of fp16: export with --dtype bf16 or fp32")
     return result

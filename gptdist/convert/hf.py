@@ -15,7 +15,7 @@ from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
 from gptdist.convert.files import listed, memory_part, read_json, read_safetensors, read_torch, tensor_parts
-from gptdist.convert.foreign import Foreign, exact_ratio
+from gptdist.convert.foreign import Foreign, exact_ratio, named_config
 from gptdist.errors import UserError
 
 _GELU = ("gelu_new", "gelu_pytorch_tanh")  # GELU's tanh approximation
@@ -52,15 +52,15 @@ def model_config(found: Mapping, path: Path) -> tuple[ModelConfig, int]:
                             f"this variant of GPT-2 cannot be expressed")
     rows, width = _size(found, path, 50257, "vocab_size"), _size(found, path, 768, "n_embd", "hidden_size")
     inner = width * 4 if found.get("n_inner") is None else _size(found, path, 0, "n_inner")
-    dropouts = {found.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    return ModelConfig(
-        vocab_size=rows, width=width, mlp_ratio=exact_ratio(inner, width),
+    dropouts = {_number(found, path, key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    return named_config(
+        path, vocab_size=rows, width=width, mlp_ratio=exact_ratio(inner, width),
         context=_size(found, path, 1024, "n_positions", "max_position_embeddings", "n_ctx"),
         n_layers=_size(found, path, 12, "n_layer", "num_hidden_layers"),
         n_heads=_size(found, path, 12, "n_head", "num_attention_heads"),
         tied=_bool(found, path, "tie_word_embeddings"),
-        norm_eps=float(found.get("layer_norm_epsilon", 1e-5)),
-        dropout=float(dropouts.pop()) if len(dropouts) == 1 else 0.0), rows
+        norm_eps=_number(found, path, "layer_norm_epsilon", 1e-5),
+        dropout=dropouts.pop() if len(dropouts) == 1 else 0.0), rows
 
 
 def _size(found: Mapping, path: Path, default: int, *names: str) -> int:
@@ -69,6 +69,13 @@ def _size(found: Mapping, path: Path, default: int, *names: str) -> int:
     if type(value) is not int or value < 1:
         raise UserError(f"{path}: {name} is {value!r}, expected a whole number of at least 1")
     return value
+
+
+def _number(found: Mapping, path: Path, name: str, default: float) -> float:
+    value = found.get(name, default)
+    if type(value) not in (int, float):
+        raise UserError(f"{path}: {name} is {value!r}, expected a number")
+    return float(value)
 
 
 def _bool(found: Mapping, path: Path, name: str) -> bool:

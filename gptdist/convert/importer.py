@@ -50,15 +50,25 @@ def import_model(source: str, output: str, *, tokenizer: str | None = None, form
     if config is not None and format != "deepspeed":
         raise UserError(f"--config belongs to DeepSpeed's checkpoints; {path} ({format}) says its shape itself")
     foreign = _read(path, format, config)
-    found = named_tokenizer(tokenizer) if tokenizer else find_tokenizer(foreign.folders)
+    found, note = named_tokenizer(tokenizer) if tokenizer else find_tokenizer(foreign.folders), foreign.note
     if found is None:
         raise UserError(f"{path}: no tokenizer beside the model (tokenizer.json, or vocab.json and merges.txt); "
                         f"give one with --tokenizer PATH")
+    if tokenizer and _differs_from_own(found, foreign):
+        note = "; ".join(filter(None, [note, f"--tokenizer {tokenizer} is not the tokenizer beside the model"]))
     model = _fit_vocabulary(foreign, found, path)
     parts = (gpt2.to_checkpoint(foreign.parts, model) if foreign.layout == "plain"
              else check_ours(foreign.parts, model, path, foreign.shape_source))
     write_checkpoint(final, 0, parts, checkpoint_files(model, found))
-    return Imported(final, format, model, _count(parts), foreign.note)
+    return Imported(final, format, model, _count(parts), note)
+
+
+def _differs_from_own(tokenizer: Tokenizer, foreign: Foreign) -> bool:
+    try:
+        own = find_tokenizer(foreign.folders)
+    except UserError:  # it cannot be read, which is a reason to give another
+        return False
+    return own is not None and own.hash != tokenizer.hash
 
 
 def _count(parts: list[Part]) -> int:

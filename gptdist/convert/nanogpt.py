@@ -6,7 +6,7 @@ from pathlib import Path
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
 from gptdist.convert.files import read_torch, tensor_parts
-from gptdist.convert.foreign import Foreign
+from gptdist.convert.foreign import Foreign, named_config
 from gptdist.convert.hf import check_tied
 from gptdist.errors import UserError
 
@@ -50,4 +50,7 @@ def _model_config(args: object, path: Path) -> ModelConfig:
         if type(args[key]) is not int or args[key] < 1:
             raise UserError(f"{path}: model_args {key} is {args[key]!r}, expected a whole number of at least 1")
     sizes = {ours: args[theirs] for theirs, ours in _ARGS.items()}
-    return ModelConfig(**sizes, bias=bool(args["bias"]), dropout=float(args.get("dropout") or 0.0))
+    dropout = args.get("dropout") or 0.0
+    if not isinstance(dropout, int | float):
+        raise UserError(f"{path}: model_args dropout is {dropout!r}, expected a number")
+    return named_config(path, **sizes, bias=bool(args["bias"]), dropout=float(dropout))

@@ -305,6 +305,11 @@ def _check_sizes(context: int, sequences_per_step: int, micro_batch: int, world:
             f"train.tokens_per_step makes {sequences_per_step} sequences of model.context = {context} tokens, expected "
             "at least 1; use a larger train.tokens_per_step"
         )
+    check_world(sequences_per_step, world)
+
+
+def check_world(sequences_per_step: int, world: int) -> None:
+    """Raise UserError if some of `world` processes would have no sequence of a step."""
     if world > sequences_per_step:
         raise UserError(
             f"world size {world} is larger than the {sequences_per_step} sequences of a step (train.tokens_per_step / "

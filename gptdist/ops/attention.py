@@ -10,8 +10,9 @@ again. Reads the packed qkv, writes out and L; the backward writes one packed dq
 float64). Sources: Vaswani et al. (2017) 3.2.1; Dao et al., "FlashAttention" (2022), appendix B; Ainslie et al.,
 "GQA" (2023).
 
-Two paths. `math` is the reference: blocks of queries over blocks of (batch, kv head) pairs, so that no more than
-BLOCK_ELEMENTS scores exist at once. `flash` hands the plain case (no dropout, no documents) to PyTorch's own kernel.
+Three paths. `math` is the reference: blocks of queries over blocks of (batch, kv head) pairs, so that no more than
+BLOCK_ELEMENTS scores exist at once. `flash` hands the plain case on a CPU (no dropout, no documents) to PyTorch's own
+kernel. `cuda` is csrc/cuda/attention_*.cu.
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import compute_dtype, custom_op
+from .backends import aligned, choose, compute_dtype, cuda_kernels, custom_op
 from .random import check_randomness, keep_mask
 
 BLOCK_ELEMENTS = 1 << 22  # scores at once: 16 MiB of fp32
@@ -182,6 +183,36 @@ def flash_backward(dout, qkv, out, lse):
     return dqkv
 
 
+# cuda path
+
+HEAD_DIMS = (64, 128)
+
+
+def head_misfit(D: int) -> str:
+    """Why the CUDA kernels do not take heads of D elements, or the empty string."""
+    return "" if D in HEAD_DIMS else f"head dimension {D} is not 64 or 128"
+
+
+def _on_cuda(qkv) -> bool:
+    return choose("attention", qkv.device, qkv.dtype, head_misfit(qkv.shape[-1])).backend == "cuda"
+
+
+def _causal(doc_start, drop: Dropout):
+    """The kernels' arguments after the tensors: causal, doc_start, p, key, sample_ids, site, head_offset."""
+    tensors = (None if x is None else aligned(x) for x in (doc_start, drop.key, drop.sample_ids))
+    doc_start, key, sample_ids = tensors
+    return True, doc_start, drop.p, key, sample_ids, drop.site, drop.head_offset
+
+
+def cuda_forward(qkv, doc_start, drop: Dropout):
+    return cuda_kernels().attention_fwd(aligned(qkv), *_causal(doc_start, drop))
+
+
+def cuda_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
+    tensors = (aligned(x) for x in (dout.to(qkv.dtype), qkv, out, lse))
+    return cuda_kernels().attention_bwd(*tensors, *_causal(doc_start, drop))
+
+
 # the op
 
 
@@ -195,9 +226,12 @@ def _fwd(
     site: int,
     head_offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    drop = Dropout(dropout_p, key, sample_ids, site, head_offset)
+    if _on_cuda(qkv):
+        return cuda_forward(qkv, doc_start, drop)
     if _plain(qkv, doc_start, dropout_p):
         return flash_forward(qkv)
-    return math_forward(qkv, doc_start, Dropout(dropout_p, key, sample_ids, site, head_offset))
+    return math_forward(qkv, doc_start, drop)
 
 
 @custom_op("gptdist::attention_bwd")
@@ -213,9 +247,12 @@ def _bwd(
     site: int,
     head_offset: int,
 ) -> torch.Tensor:
+    drop = Dropout(dropout_p, key, sample_ids, site, head_offset)
+    if _on_cuda(qkv):
+        return cuda_backward(dout, qkv, out, lse, doc_start, drop)
     if _plain(qkv, doc_start, dropout_p):
         return flash_backward(dout, qkv, out, lse)
-    return math_backward(dout, qkv, out, lse, doc_start, Dropout(dropout_p, key, sample_ids, site, head_offset))
+    return math_backward(dout, qkv, out, lse, doc_start, drop)
 
 
 @_fwd.register_fake
@@ -257,8 +294,9 @@ def attention(
     """Causal attention of a packed projection; returns (B, T, Hkv, G, D) contiguous, in qkv's dtype.
 
     qkv: (B, T, Hkv, G+2, D): per kv head its G queries, then k, then v. doc_start: int32 (B, T), query t sees keys in
-    [doc_start[b, t], t]; it must not exceed t. dropout_p, key, sample_ids, site: as for `dropout`, on the
-    probabilities. head_offset: global index of the first query head, where heads are sharded.
+    [doc_start[b, t], t]; it must not exceed t, nor decrease along a row (documents lie one after the other).
+    dropout_p, key, sample_ids, site: as for `dropout`, on the probabilities. head_offset: global index of the first
+    query head, where heads are sharded.
     """
     if qkv.dim() != 5 or qkv.shape[3] < 3:
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected (B, T, Hkv, G+2, D) with G >= 1")

@@ -55,6 +55,7 @@ _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDT
 COMPILED = {
     "cpu": {"bias_gelu": Kernel((torch.float32, torch.bfloat16))},
     "cuda": {
+        "attention": Kernel(_HALVES[1:], "head dimension 64 or 128"),
         "layer_norm": _NORM,
         "residual_layer_norm": _NORM,
         "bias_gelu": Kernel(_HALVES, f"width in multiples of {WIDTH_STEP}"),

@@ -4,13 +4,14 @@ A user's own JSON (parallel.deepspeed_config) is laid over the derived one: it m
 ZeRO++ ...) and repeat what the YAML says, literally or as "auto"; where the two contradict each other is an error.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptdist.config import Config
-from gptdist.data.loader import micro_batches_per_step
+from gptdist.data.loader import check_world, micro_batches_per_step
 from gptdist.errors import UserError
 
 # Elements of a gradient reduction. DeepSpeed's default, 5e8, is a buffer of 2 GB.
@@ -33,7 +34,26 @@ YAML_NAMES = {
     "fp16.enabled": "train.precision",
     "communication_data_type": "(gradients are reduced in fp32)",
     "data_types.grad_accum_dtype": "(gradients are accumulated in fp32)",
+    "torch_autocast.enabled": "train.precision",
+    "amp.enabled": "train.precision",
 }
+# What DeepSpeed takes for these where, as here, the JSON says nothing.
+DEFAULTS = {"zero_optimization.offload_param.device": "none", "torch_autocast.enabled": False, "amp.enabled": False}
+# Top-level keys of DeepSpeed 0.19 and of the versions before; it ignores any other.
+TOP_LEVEL = [
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor",
+    "curriculum_learning", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel",
+    "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "nebula", "optimizer", "pipeline", "prescale_gradients", "progressive_layer_drop",
+    "quantize_training", "scheduler", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard", "timers",
+    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism",
+    "vocabulary_size", "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+]
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
@@ -74,6 +94,9 @@ def resolved_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     if not config.parallel.strategy.startswith("zero"):
         raise UserError(f"parallel.strategy={config.parallel.strategy} does not use DeepSpeed: "
                         f"choose zero1, zero2 or zero3")
+    if world < 1:
+        raise UserError(f"--processes is {world}, expected at least 1")
+    check_world(config.sequences_per_step, world)
     derived, path = deepspeed_config(config, world), config.parallel.deepspeed_config
     if path is None:
         return derived
@@ -98,8 +121,9 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _laid_over(derived: dict[str, Any], own: dict[str, Any], path: str) -> dict[str, Any]:
-    known = dict(_leaves(derived))
-    known.setdefault("zero_optimization.offload_param.device", "none")
+    known = DEFAULTS | dict(_leaves(derived))
+    _check_keys(own, path)
+    _check_sections(own, known, path)
     merged = json.loads(json.dumps(derived))
     for name, value in _leaves(own):
         if value == AUTO:
@@ -115,6 +139,29 @@ def _laid_over(derived: dict[str, Any], own: dict[str, Any], path: str) -> dict[
             place = place.setdefault(section, {})
         place[last] = value
     return merged
+
+
+def _check_keys(own: Mapping[str, Any], path: str) -> None:
+    for key in own:
+        if key not in TOP_LEVEL:
+            close = difflib.get_close_matches(key, TOP_LEVEL, n=1)
+            advice = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise UserError(f"{path} has {key!r}, which DeepSpeed does not know and would ignore; {advice}")
+
+
+def _check_sections(own: Mapping[str, Any], known: Mapping[str, Any], path: str, prefix: str = "") -> None:
+    """Raise UserError for a value in place of a section of `known`, which it would replace, and the reverse."""
+    for key, value in own.items():
+        name = prefix + key
+        section = [other for other in known if other.startswith(f"{name}.")]
+        if section and not isinstance(value, dict):
+            inner = {section[0].removeprefix(f"{name}."): "..."}
+            raise UserError(f"{path} has {name}={json.dumps(value)}, expected an object such as {json.dumps(inner)}")
+        if name in known and isinstance(value, dict):
+            raise UserError(f"{path} has {name}={json.dumps(value)}, expected a value such as "
+                            f"{json.dumps(known[name])}")
+        if isinstance(value, dict):
+            _check_sections(value, known, path, f"{name}.")
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,12 +82,14 @@ def init_world(config: ParallelConfig) -> World:
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), env_local_world_size()
     strategy = config.strategy if config.strategy != "auto" else ("single" if size == 1 else "fsdp")
     if strategy == "single" and size > 1:
-        raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp")
+        raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp",
+                        agreed=True)
     device = _device(config.device, local_rank)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     tensor = config.tensor
     if size % tensor:
-        raise UserError(f"parallel.tensor={tensor} does not divide the {size} processes that were started")
+        raise UserError(f"parallel.tensor={tensor} does not divide the {size} processes that were started",
+                        agreed=True)
     if strategy == "single":
         return World(rank, size, device, strategy, None)
     _join(device, rank, size, config.timeout_s)
@@ -105,7 +107,8 @@ def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int)
     replicas = config.replicas or size // local_size
     if size % (replicas * config.tensor):
         times = "" if config.tensor == 1 else f" x parallel.tensor={config.tensor}"
-        raise UserError(f"parallel.replicas={replicas}{times} does not divide the {size} processes that were started")
+        raise UserError(f"parallel.replicas={replicas}{times} does not divide the {size} processes that were started",
+                        agreed=True)
     return replicas
 
 

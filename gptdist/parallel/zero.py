@@ -13,6 +13,7 @@ Source: Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion
 """
 
 import contextlib
+import copy
 import io
 import os
 import warnings
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from gptdist import ops
 from gptdist.config import Config
-from gptdist.errors import MissingError
+from gptdist.errors import MissingError, UserError
 from gptdist.model import initial_values
 from gptdist.optim.adamw import MOMENTS, slots
 from gptdist.parallel import init
@@ -54,6 +55,18 @@ def import_deepspeed(strategy: str, device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def check_json(values: dict, path: str) -> None:
+    """Raise UserError naming the user's file if DeepSpeed's own reading of the JSON fails, in whatever way."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(values))
+    except Exception as error:
+        why = " ".join(str(error).partition("For further information")[0].split())[:400]
+        raise UserError(f"parallel.deepspeed_config={path} is refused by DeepSpeed: {type(error).__name__}: {why}"
+                        ) from error
+
+
 @dataclass(frozen=True)
 class Piece:
     """The part of a parameter that this rank's partitions hold: `numel` elements from `start` of its row-major order,
@@ -73,6 +86,8 @@ class ZeRO(Strategy):
         self.stage = int(world.strategy.removeprefix("zero"))
         self.json = resolved_deepspeed_config(config, world.size)
         self.deepspeed = import_deepspeed(world.strategy, world.device)
+        if config.parallel.deepspeed_config is not None:
+            check_json(self.json, config.parallel.deepspeed_config)
 
     # Preparation
 

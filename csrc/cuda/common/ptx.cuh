@@ -25,4 +25,18 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// blockIdx.x and threadIdx.x, read once more: what is computed from them is computed where it stands. Otherwise the
+// compiler keeps values from a kernel's beginning for its end, and spills them if the loop between needs the registers.
+__device__ __forceinline__ uint32_t reread_block() {
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
+__device__ __forceinline__ uint32_t reread_thread() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 }  // namespace gptdist::cuda
