@@ -1,0 +1,78 @@
+"""More than 2^31 elements: the last block of each CUDA kernel, run from its PTX, reaches the last elements.
+
+The tensors' memory is never touched but at their ends, so they cost next to nothing.
+"""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm
+
+from gptdist import ops
+from tests import cuda_vm
+
+VM = torch.ops.gptdist_vm
+WIDTH = 4096
+ROWS = 2**31 // WIDTH + 5
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def device():
+    return cuda_vm.device()
+
+
+def huge(last: torch.Tensor) -> torch.Tensor:
+    """(ROWS, WIDTH) bf16, of which only the last rows, `last`, are ever used."""
+    x = torch.empty(ROWS, WIDTH, dtype=BF16)
+    assert x.numel() > 2**31
+    x[-len(last):] = last
+    return x
+
+
+def last_block(device, launcher: str, rows: int = ROWS, width: int = WIDTH, batch: int = 1):
+    blocks = device.plan(launcher, BF16, rows, width, batch).grid[0]
+    return device.run(blocks=(blocks - 1, blocks))
+
+
+def close(got: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(got.double(), exact, rtol=2.0**-8, atol=1e-3)
+
+
+def test_layer_norm(device):
+    last, weight, bias = torch.randn(1, WIDTH).to(BF16), torch.randn(WIDTH), torch.randn(WIDTH)
+    x = huge(last)
+    with last_block(device, "layer_norm_forward"):
+        y, _, _ = VM.layer_norm_fwd(x, weight, bias, 1e-5)
+    close(y[-1:], layer_norm(last.double(), (WIDTH,), weight.double(), bias.double(), 1e-5))
+
+
+def test_bias_gelu(device):
+    last, bias = torch.randn(4, WIDTH).to(BF16), torch.randn(WIDTH)
+    x = huge(last)
+    with last_block(device, "bias_gelu_forward"):
+        y = VM.bias_gelu_fwd(x, bias)
+    close(y[-1, -256:], gelu(last.double() + bias, approximate="tanh")[-1, -256:])
+
+
+def test_cross_entropy(device):
+    last, target = torch.randn(1, WIDTH).to(BF16), WIDTH - 3
+    x = huge(last)
+    targets = torch.full((ROWS,), target)
+    with last_block(device, "cross_entropy_forward"):
+        loss, lse = VM.cross_entropy_fwd(x, targets, -100)
+    exact = last.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets[-1:])
+    close(loss[-1], expected.detach())
+    with last_block(device, "cross_entropy_backward"):
+        VM.cross_entropy_bwd_(torch.ones(ROWS), x, targets, lse, -100)
+    close(x[-1:], torch.autograd.grad(expected, exact)[0])
+
+
+def test_dropout(device):
+    last, ids = torch.randn(1, WIDTH).to(BF16), torch.tensor([7])
+    x = huge(last)[None]
+    key = ops.dropout_key(1, 2)
+    with last_block(device, "dropout"):
+        y = VM.dropout(x, 0.5, key, ids, 3, 0)
+    expected = ops.dropout(last.double()[None], 0.5, key=key, sample_ids=ids, site=3, row_offset=ROWS - 1)
+    close(y[0, -1, -256:], expected[0, 0, -256:])
