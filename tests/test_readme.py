@@ -34,7 +34,7 @@ def test_commands_run(document, checkout):
     assert todo, f"{document} has no commands"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in todo:
-        done = subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=180,
+        done = subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=600,
                               env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
 

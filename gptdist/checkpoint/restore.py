@@ -139,6 +139,7 @@ class MergedReader:
     """
 
     def __init__(self, path: Path, *, merge: bool = True):
+        self.path = path
         base = base_of(path)
         self._base = MergedReader(base) if base else None
         self._own = TensorReader(path)
