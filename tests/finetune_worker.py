@@ -5,7 +5,6 @@ DATA: labelled texts, BASE: a pretrained run, OUT: where the runs go.
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,9 +12,9 @@ sys.path.insert(0, str(ROOT))
 
 from gptdist import config as config_module  # noqa: E402
 from gptdist.config import Config  # noqa: E402
-from gptdist.parallel.world import end_process, env_world_size, init_world  # noqa: E402
+from gptdist.parallel.world import env_world_size, init_world  # noqa: E402
 from gptdist.trainer import Trainer  # noqa: E402
-from tests.training import train_rows  # noqa: E402
+from tests.training import run_worker, train_rows  # noqa: E402
 
 # 11 texts a step in micro-batches of 2: no world size but 1 divides it, so every share is uneven.
 CLASSIFY = {
@@ -80,10 +79,4 @@ def main(data: Path, base: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*map(Path, sys.argv[1:]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    end_process(0)
+    run_worker(main, *map(Path, sys.argv[1:]))

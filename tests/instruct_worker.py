@@ -4,16 +4,13 @@ Usage: torchrun --nproc-per-node 2 tests/instruct_worker.py DATA BASE OUT
 """
 
 import sys
-import traceback
 from pathlib import Path
-
-import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gptdist.parallel.world import end_process  # noqa: E402
 from tests.test_instruct import CASES, finetune  # noqa: E402
+from tests.training import run_worker  # noqa: E402
 
 
 def main(data: Path, base: Path, out: Path) -> None:
@@ -22,11 +19,4 @@ def main(data: Path, base: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*map(Path, sys.argv[1:4]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    assert dist.is_initialized()
-    end_process(0)
+    run_worker(main, *map(Path, sys.argv[1:4]))

@@ -4,14 +4,12 @@ Usage: torchrun --nproc-per-node 2 tests/lora_worker.py DATA BASE PAIRS OUT
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gptdist.parallel.world import end_process  # noqa: E402
-from tests.training import run_tiny  # noqa: E402
+from tests.training import run_tiny, run_worker  # noqa: E402
 
 STEPS = 5
 # 11 sequences (5 pairs) a step: no even shares, several micro-batches, clipping.
@@ -59,10 +57,4 @@ def main(data: Path, base: Path, pairs: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*map(Path, sys.argv[1:]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    end_process(0)
+    run_worker(main, *map(Path, sys.argv[1:]))

@@ -4,11 +4,9 @@ Usage: torchrun --nproc-per-node W tests/parallel_worker.py DATA OUT CHAIN_STOP 
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,8 +16,8 @@ import gptdist.parallel.init as parallel_init  # noqa: E402
 from gptdist import config as config_module  # noqa: E402
 from gptdist.model import build_meta  # noqa: E402
 from gptdist.parallel.strategies import make_strategy  # noqa: E402
-from gptdist.parallel.world import end_process, init_world  # noqa: E402
-from tests.training import run_tiny  # noqa: E402
+from gptdist.parallel.world import init_world  # noqa: E402
+from tests.training import run_tiny, run_worker  # noqa: E402
 
 CASES = {
     "ddp": ["--parallel.strategy=ddp"],
@@ -97,11 +95,4 @@ def check_tied_after_sharding(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    assert dist.is_initialized()
-    end_process(0)
+    run_worker(main, Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -6,7 +6,6 @@ Usage: torchrun --nproc-per-node W tests/tensor_worker.py DATA OUT [long]
 import math
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from gptdist.errors import UserError  # noqa: E402
 from gptdist.model import build_meta, initial_values  # noqa: E402
 from gptdist.parallel.strategies import Strategy, make_strategy  # noqa: E402
-from gptdist.parallel.world import World, end_process, init_world  # noqa: E402
-from tests.training import run_tiny, tiny_config  # noqa: E402
+from gptdist.parallel.world import World, init_world  # noqa: E402
+from tests.training import run_tiny, run_worker, tiny_config  # noqa: E402
 
 # Every model accumulates over uneven micro-batches and clips (see TINY). The chain's has parts that FSDP2 cuts
 # unevenly: 37 hidden units and 129 token ids per tensor-parallel rank of 2.
@@ -113,10 +112,4 @@ def check_sum() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        (long_cases if sys.argv[3:] == ["long"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    end_process(0)
+    run_worker(long_cases if sys.argv[3:] == ["long"] else main, Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +22,6 @@ def close(got: torch.Tensor, wanted: torch.Tensor, what: str, scale: float = 1.0
     relative = 2.0 ** (-8 if got.dtype == BF16 else -14)
     absolute = scale * (2e-4 if got.dtype == BF16 else 2e-5)
     assert torch.isclose(got.double(), wanted, rtol=relative, atol=absolute, equal_nan=True).all(), f"values of {what}"
-
-
-@contextmanager
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that an op allocates holds NaN: an element that a kernel leaves out does not keep an earlier result."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -175,7 +165,7 @@ def caught_by(device: cuda_vm.Device, ptx: str, cases: tuple[Callable, ...]) -> 
     module = _ptxvm.Module(ptx)
     for seed, case in enumerate(cases):
         try:
-            with poisoned_outputs():
+            with cuda_vm.poisoned_outputs():
                 case(partial(device.run, module=module, seed=seed, global_races=True))
         except _ptxvm.Fault as fault:
             return fault.kind
@@ -191,7 +181,7 @@ def device():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cases_pass_unchanged(device, name):
-    with poisoned_outputs():
+    with cuda_vm.poisoned_outputs():
         for case in FAMILIES[name].cases:
             case(partial(device.run, global_races=True))
 

@@ -1,11 +1,16 @@
 """A tiny run that the training tests share, in this process or in torchrun's workers."""
 
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 from gptdist import config as config_module
 from gptdist.config import Config
 from gptdist.metrics import read_rows
-from gptdist.parallel.world import init_world
+from gptdist.parallel.world import end_process, init_world
 from gptdist.trainer import Trainer
 
 # 11 sequences a step: no world size but 1 divides it, so every share is uneven.
@@ -51,3 +56,15 @@ def assert_same_curve(rows: list[dict], reference: list[dict], *, loss: float = 
     assert worst <= loss, f"losses differ by {worst}"
     worst = max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(rows, reference, strict=True))
     assert worst <= norm, f"gradient norms differ by {worst}"
+
+
+def run_worker(work: Callable[..., None], *arguments: object) -> None:
+    """`work` as the whole of a process that torchrun started: 0 if it returns and ran in a process group, else 1."""
+    try:
+        work(*arguments)
+        assert dist.is_initialized()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        end_process(1)
+    end_process(0)

@@ -4,11 +4,9 @@ Usage: torchrun --nproc-per-node W tests/zero_worker.py DATA OUT [long]
 """
 
 import sys
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,8 +17,8 @@ from gptdist.checkpoint import layout, store  # noqa: E402
 from gptdist.model import build_meta  # noqa: E402
 from gptdist.optim.adamw import build_adamw  # noqa: E402
 from gptdist.parallel.strategies import Single, Strategy, make_strategy  # noqa: E402
-from gptdist.parallel.world import World, end_process, env_world_size, init_world  # noqa: E402
-from tests.training import run_tiny  # noqa: E402
+from gptdist.parallel.world import World, env_world_size, init_world  # noqa: E402
+from tests.training import run_tiny, run_worker  # noqa: E402
 
 # Of the 11 sequences of a step a rank takes up to 11, 6, 4, 3: in 4, 2, 2, 1 micro-batches.
 DROPOUT = ["--model.dropout=0.1", "--eval.every=0", "--train.micro_batch=3"]
@@ -157,11 +155,4 @@ def check_no_rank_holds_the_model(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        (long_cases if sys.argv[3:] == ["long"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        end_process(1)
-    assert dist.is_initialized()
-    end_process(0)
+    run_worker(long_cases if sys.argv[3:] == ["long"] else main, Path(sys.argv[1]), Path(sys.argv[2]))
