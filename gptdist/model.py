@@ -42,15 +42,33 @@ class Dropout:
         return ops.dropout(x, self.p, key=self.key, sample_ids=self.sample_ids, site=site, row_offset=first_position)
 
 
+class _Shadow(torch.autograd.Function):
+    """A weight as if it were cast to its shadow's dtype here, but the cast is there already."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, shadow: Tensor) -> Tensor:
+        return shadow.view_as(shadow)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class Linear(nn.Linear):
     """The matrix product of a block: lora.py puts one with an adapter in its place, which has a dropout of its own."""
 
+    shadow: Tensor | None = None  # the weight in the dtype of the products, where a strategy keeps such a copy
+
+    def factor(self) -> Tensor:
+        """The weight for a product; autocast casts it, unless its shadow saves that."""
+        return self.weight if self.shadow is None else _Shadow.apply(self.weight, self.shadow)
+
     def product(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """x (B, T, in), all positions -> (B, T, out), without the bias."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.factor())
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.factor(), self.bias)
 
 
 class Whole:

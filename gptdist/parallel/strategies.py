@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
+from gptdist.model import Linear
 from gptdist.optim.adamw import slots
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
@@ -35,6 +36,7 @@ class Strategy:
         self.model: nn.Module
         self.n_parameters: int  # of the whole model
         self.optimizer: torch.optim.Optimizer | None = None
+        self.shadows: dict[nn.Parameter, Tensor] = {}  # bf16 copies of weights, for the products
         self._norm: Tensor | None = None
 
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
@@ -47,6 +49,7 @@ class Strategy:
         self._wrap()
         if optimizer_factory is not None:
             self.optimizer = optimizer_factory(self.trainable())
+        self.loaded()
 
     def _configure(self, model: nn.Module) -> None:
         """What does not depend on how the model is spread."""
@@ -61,6 +64,15 @@ class Strategy:
 
     def _wrap(self) -> None:
         """Wrap the materialised model for calling."""
+
+    def _add_shadows(self) -> None:
+        """Where the products are bf16, keep bf16 copies of their weights: nothing is cast in a step."""
+        if self.config.train.precision != "bf16":
+            return
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.shadow = torch.empty_like(module.weight, dtype=torch.bfloat16)
+                self.shadows[module.weight] = module.shadow
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -111,6 +123,7 @@ class Strategy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.loaded()
         self.discard()
 
     def discard(self) -> None:
@@ -129,7 +142,9 @@ class Strategy:
         return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
 
     def loaded(self) -> None:
-        """Called after a checkpoint was loaded into the tensors of model_state() or state()."""
+        """Called after the tensors of model_state() or state() were filled, by a checkpoint or initial values."""
+        for parameter, shadow in self.shadows.items():
+            shadow.copy_(parameter.detach())
 
     def state(self) -> dict[str, Tensor]:
         """model_state and `optim.<name>.<slot>`."""
@@ -139,13 +154,26 @@ class Strategy:
 
 
 class Single(Strategy):
-    """One process holds everything."""
+    """One process holds everything. Gradients of weights with a shadow are bf16, and summed in fp32."""
+
+    def _wrap(self) -> None:
+        self._add_shadows()
+        for parameter in self.shadows:
+            parameter.grad_dtype = None  # any: it need not be cast to fp32 for the optimizer to read
+
+    @contextlib.contextmanager
+    def micro_batch(self, is_last: bool) -> Iterator[None]:
+        yield
+        for parameter in () if is_last else self.shadows:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.float()
 
 
 class DDP(Strategy):
     """A replica on every rank; gradients are averaged in fp32 during the last micro-batch's backward."""
 
     def _wrap(self) -> None:
+        self._add_shadows()
         self._ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self._evaluating = False
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gptdist.config import ParallelConfig
 from gptdist.errors import MissingError, UserError
+from gptdist.parallel.host import keep_freed_memory, set_up_cpu
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -85,7 +86,9 @@ def init_world(config: ParallelConfig) -> World:
         raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp",
                         agreed=True)
     device = _device(config.device, local_rank)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    set_up_cpu(config.threads, local_size)
+    if device.type == "cpu":
+        keep_freed_memory()
     tensor = config.tensor
     if size % tensor:
         raise UserError(f"parallel.tensor={tensor} does not divide the {size} processes that were started",
