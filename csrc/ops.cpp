@@ -1,5 +1,6 @@
-// The library gptdist_c: its schemas, and the CPU ops. This file and ops_cuda.cpp alone know tensors, and only through
-// torch's stable ABI, so that one build serves every later torch. Kernels are torch-free: pointers and sizes.
+// The library gptdist_c: its schemas, and the CPU ops but for the optimizer's (ops_optim.cpp). These files and
+// ops_cuda.cpp alone know tensors, and only through torch's stable ABI, so that one build serves every later torch.
+// Kernels are torch-free: pointers and sizes.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -19,23 +19,17 @@ namespace {
 
 using gptdist::cpu::Bf16;
 using gptdist::cpu::Isa;
+using gptdist::cpu::kElementsPerThread;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kRowsPerPartial = gptdist::cpu::kRowsPerPartial;
-// Elements worth a thread's while: below about 30 microseconds of work, waking a thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 16;
-
-std::atomic<Isa>& active_isa() {
-  static std::atomic<Isa> isa{gptdist::cpu::best_isa()};
-  return isa;
-}
 
 // Select an instruction set (0 portable, 1 AVX2, 2 AVX-512; any other value leaves it) no higher than the processor's
 // best. Returns the one in use. For tests and diagnosis.
 int64_t cpu_isa(int64_t level) {
-  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) active_isa() = Isa(level);
-  return int64_t(active_isa().load());
+  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) gptdist::cpu::active_isa() = Isa(level);
+  return int64_t(gptdist::cpu::active_isa().load());
 }
 
 struct Shape {
@@ -69,7 +63,7 @@ void parallel_blocks(Shape shape, int64_t rows_per_block, const Body& body) {
 template <class T>
 void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = active_isa();
+  const Isa isa = gptdist::cpu::active_isa();
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* y_data = static_cast<T*>(y.data_ptr());
   const float* bias_data = bias_pointer(bias);
@@ -82,7 +76,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
 template <class T>
 void backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, Tensor& dx, float* partials) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = active_isa();
+  const Isa isa = gptdist::cpu::active_isa();
   const T* dy_data = static_cast<const T*>(dy.data_ptr());
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* dx_data = static_cast<T*>(dx.data_ptr());

@@ -8,6 +8,10 @@ constexpr const char* kSchemas[] = {
     // Both devices. dbias is fp32, and empty without a bias.
     "bias_gelu_fwd(Tensor x, Tensor? bias) -> Tensor",
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)",
+    // Both devices. One tensor of each list for each parameter; shadows is empty where none are wanted.
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] shadows,"
+    " Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
+    "grad_norm(Tensor[] tensors) -> Tensor",
     // CUDA only. mean, rstd, dweight and dbias are fp32; dbias is empty without a bias.
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, bool has_bias)"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +28,26 @@ def dataset(tmp_path_factory) -> Path:
     prepare(PrepareConfig(inputs=[str(text)], output=str(folder / "bytes"), tokenizer="bytes",
                           document_separator="<|endoftext|>", val_fraction=0.1, workers=1))
     return folder / "bytes"
+
+
+@pytest.fixture(params=["reference", *LEVELS])
+def backend(request, monkeypatch):
+    """Run a test on the reference and on each instruction set of the C++ kernels that this processor has."""
+    if request.param == "reference":
+        monkeypatch.setenv("GPTDIST_OPS", "reference")
+        yield request.param
+        return
+    monkeypatch.delenv("GPTDIST_OPS", raising=False)
+    from gptdist.ops import backends
+
+    if backends.library_problem():
+        pytest.skip(backends.library_problem())
+    best = torch.ops.gptdist_c.cpu_isa(-1)
+    level = LEVELS[request.param]
+    if torch.ops.gptdist_c.cpu_isa(level) != level:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.gptdist_c.cpu_isa(best)
 
 
 def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess:

@@ -7,25 +7,6 @@ import torch.nn.functional as F
 from gptdist.ops import backends, bias_gelu
 
 needs_library = pytest.mark.skipif(bool(backends.library_problem()), reason=backends.library_problem() or "built")
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
-
-
-@pytest.fixture(params=["reference", *LEVELS])
-def backend(request, monkeypatch):
-    """Run a test on the reference and on each instruction set of the C++ kernel that this processor has."""
-    if request.param == "reference":
-        monkeypatch.setenv("GPTDIST_OPS", "reference")
-        yield request.param
-        return
-    monkeypatch.delenv("GPTDIST_OPS", raising=False)
-    if backends.library_problem():
-        pytest.skip(backends.library_problem())
-    best = torch.ops.gptdist_c.cpu_isa(-1)
-    level = LEVELS[request.param]
-    if torch.ops.gptdist_c.cpu_isa(level) != level:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    torch.ops.gptdist_c.cpu_isa(best)
 
 
 def exact(x, bias, dy):

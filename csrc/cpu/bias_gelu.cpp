@@ -17,11 +17,7 @@
 
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GPTDIST_X86 1
-#endif
-
-#define GPTDIST_INLINE inline __attribute__((always_inline))
+#include "simd.h"
 
 namespace gptdist::cpu {
 namespace {
@@ -32,29 +28,6 @@ constexpr float kCubic = 0.044715f;
 // Channels per tile: x, dy, dx, bias and partial of a tile (12 KiB in fp32) stay in a 32 KiB first-level cache
 // while the rows pass.
 constexpr int64_t kTile = 1024;
-
-GPTDIST_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-GPTDIST_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-GPTDIST_INLINE float load(const float* p) { return *p; }
-GPTDIST_INLINE float load(const Bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
-GPTDIST_INLINE void store(float* p, float value) { *p = value; }
-
-GPTDIST_INLINE void store(Bf16* p, float value) {  // round to nearest even; NaN stays NaN
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  p->bits = uint16_t(is_nan ? 0x7fc0u : rounded);
-}
 
 // x with its magnitude cut to 87, beyond which exp leaves a float's range and gelu's factors have long settled; NaN
 // becomes 87. Written without a comparison: GCC 12 turns one into branches that each end in a division, and ran at less
@@ -140,12 +113,6 @@ GPTDIST_INLINE void backward(const Backward<T>& a) {
 }
 
 #ifdef GPTDIST_X86
-#define GPTDIST_AVX2 __attribute__((target("avx2,fma")))
-#ifdef __clang__
-#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"), min_vector_width(512)))
-#else  // GCC prefers 256-bit vectors unless told
-#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
-#endif
 template <class T> GPTDIST_AVX2 void forward_avx2(const Forward<T>& a) { forward(a); }
 template <class T> GPTDIST_AVX2 void backward_avx2(const Backward<T>& a) { backward(a); }
 template <class T> GPTDIST_AVX512 void forward_avx512(const Forward<T>& a) { forward(a); }
@@ -171,18 +138,6 @@ void dispatch_backward(const Backward<T>& a, [[maybe_unused]] Isa isa) {
 }
 
 }  // namespace
-
-Isa best_isa() {
-#ifdef GPTDIST_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#endif
-  return Isa::kPortable;
-}
 
 void bias_gelu_forward(const Forward<float>& args, Isa isa) { dispatch_forward(args, isa); }
 void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { dispatch_forward(args, isa); }

@@ -4,6 +4,7 @@ Ops take local tensors (never DTensors) and are functional. Which implementation
 `gptdist doctor` shows it.
 """
 
+from .adamw import adamw_
 from .attention import attention
 from .bias_gelu import bias_gelu
 from .cross_entropy import cross_entropy, linear_cross_entropy
@@ -16,6 +17,7 @@ from .random import dropout_key
 from .rope import rope, rope_tables
 
 __all__ = [
+    "adamw_",
     "attention",
     "bias_gelu",
     "cross_entropy",

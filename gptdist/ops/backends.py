@@ -27,6 +27,7 @@ OPS = (
     "dropout",
     "rope",
     "grad_norm",
+    "adamw_",
 )
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / "_C.so"
@@ -52,8 +53,13 @@ class Kernel(NamedTuple):
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
+_ADAMW = Kernel((torch.float32,), "gradients in float32, bfloat16 or float16")
 COMPILED = {
-    "cpu": {"bias_gelu": Kernel((torch.float32, torch.bfloat16))},
+    "cpu": {
+        "bias_gelu": Kernel((torch.float32, torch.bfloat16)),
+        "adamw_": _ADAMW,
+        "grad_norm": Kernel(_HALVES),
+    },
     "cuda": {
         "attention": Kernel(_HALVES[1:], "head dimension 64 or 128"),
         "layer_norm": _NORM,
@@ -62,6 +68,8 @@ COMPILED = {
         "cross_entropy": Kernel(_HALVES),
         "linear_cross_entropy": Kernel(_HALVES),
         "dropout": Kernel(_HALVES),
+        "adamw_": _ADAMW,
+        "grad_norm": Kernel(_HALVES),
     },
 }
 
@@ -221,8 +229,9 @@ def cuda_kernels():
     return torch.ops.gptdist_vm if _test_device else torch.ops.gptdist_c
 
 
-def custom_op(name: str):
-    """torch.library.custom_op for a functional op whose first argument is a tensor or a list of them.
+def custom_op(name: str, mutates_args: tuple[str, ...] = ()):
+    """torch.library.custom_op for an op whose first argument is a tensor or a list of them, functional unless it says
+    what it mutates.
 
     Autocast is off inside the implementation: torch leaves it on below a custom op, where it would turn the fp32
     matrix products of a reference into bf16 ones.
@@ -237,7 +246,7 @@ def custom_op(name: str):
             with torch.autocast(device_type, enabled=False):
                 return function(first, *args, **kwargs)
 
-        return torch.library.custom_op(name, mutates_args=())(without_autocast)
+        return torch.library.custom_op(name, mutates_args=mutates_args)(without_autocast)
 
     return decorate
 

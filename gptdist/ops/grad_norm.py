@@ -1,7 +1,7 @@
 """grad_norm: the L2 norm of a list of tensors, in one pass.
 
-Each tensor is cut into fixed blocks of BLOCK elements; a block's norm is fp32, blocks and tensors are combined in
-fp64, so that the result depends neither on how tensors are grouped nor (beyond one rounding) on their number.
+Small pieces are summed in fp32, pieces and tensors in fp64, so that the result depends neither on how tensors are
+grouped nor (beyond one rounding) on their number. The pieces of the reference are BLOCK elements.
 Reads every element once, writes a scalar. No autograd.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backends import custom_op
+from .backends import choose, cuda_kernels, custom_op
 
 BLOCK = 256  # elements summed in fp32; at 4096 equal summands a norm was off by 2e-6, at 256 by less than 1e-7
 
@@ -26,8 +26,18 @@ def _norms(x: torch.Tensor) -> list[torch.Tensor]:
     return norms
 
 
+def _backend(tensors):
+    """The backend that takes the tensors of all dtypes, else the reference."""
+    found = {choose("grad_norm", tensors[0].device, dtype).backend for dtype in {x.dtype for x in tensors}}
+    return found.pop() if len(found) == 1 else "reference"
+
+
 @custom_op("gptdist::grad_norm")
 def _grad_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    backend = _backend(tensors)
+    if backend != "reference":
+        kernels = cuda_kernels() if backend == "cuda" else torch.ops.gptdist_c
+        return kernels.grad_norm([x.contiguous() for x in tensors])
     return torch.linalg.vector_norm(torch.stack([norm for x in tensors for norm in _norms(x)])).float()
 
 

@@ -14,13 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
+<<<<<<< HEAD
 from gptdist.model import Linear
 from gptdist.optim.adamw import slots
+=======
+from gptdist.optim.adamw import AdamW, local, slots
+>>>>>>> optim
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
 from gptdist.parallel.world import World
@@ -35,8 +38,12 @@ class Strategy:
         self.world, self.config = world, config
         self.model: nn.Module
         self.n_parameters: int  # of the whole model
+<<<<<<< HEAD
         self.optimizer: torch.optim.Optimizer | None = None
         self.shadows: dict[nn.Parameter, Tensor] = {}  # bf16 copies of weights, for the products
+=======
+        self.optimizer: AdamW | None = None
+>>>>>>> optim
         self._norm: Tensor | None = None
 
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
@@ -49,6 +56,7 @@ class Strategy:
         self._wrap()
         if optimizer_factory is not None:
             self.optimizer = optimizer_factory(self.trainable())
+            self.optimizer.shadows = self.shadows
         self.loaded()
 
     def _configure(self, model: nn.Module) -> None:
@@ -102,7 +110,7 @@ class Strategy:
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradient, () fp32 on the device."""
-        grads = [_local(p.grad) for p in self._norm_parameters() if p.grad is not None]
+        grads = [local(p.grad) for p in self._norm_parameters() if p.grad is not None]
         self._norm = self._combine_norm(ops.grad_norm(grads))
         return self._norm
 
@@ -116,14 +124,11 @@ class Strategy:
     def apply(self, lr: float, clip: float) -> None:
         """Scale the gradient to a norm of at most `clip` (0: leave it), step, and drop the gradient."""
         assert self._norm is not None, "grad_norm() comes before apply()"
-        if clip > 0:
-            # 1e-6 as torch.nn.utils.clip_grad_norm_, so that both clip alike.
-            scale = (clip / (self._norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([_local(p.grad) for _, p in self.trainable() if p.grad is not None], scale)
+        # 1e-6 as torch.nn.utils.clip_grad_norm_, so that both clip alike.
+        scale = (clip / (self._norm + 1e-6)).clamp(max=1.0) if clip > 0 else None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.loaded()
+        self.optimizer.step(grad_scale=scale)
         self.discard()
 
     def discard(self) -> None:
@@ -251,10 +256,6 @@ class HSDP(FSDP):
 
     def _mesh(self) -> DeviceMesh:
         return self.world.mesh["dp_replicate", "dp_shard"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP}

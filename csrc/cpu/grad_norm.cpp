@@ -1,0 +1,58 @@
+// The sum of squares of a chunk of a tensor on a CPU.
+//
+// Reads every element once. kLanes sums in fp32 take the elements in turn, kPiece / kLanes each; then they are added to
+// sums in fp64, and those to each other in ascending order. A piece's error is at most 32 roundings of fp32 and half of
+// them in the norm; they are of either sign, and do not add up over pieces.
+//
+// Launch: one call is a chunk on one thread; ops_optim.cpp adds the chunks' sums in ascending order.
+
+#include "grad_norm.h"
+
+#include "simd.h"
+
+namespace gptdist::cpu {
+namespace {
+
+constexpr int kLanes = 32;  // two vectors of AVX-512
+constexpr int64_t kPiece = 1024;
+
+template <class T>
+GPTDIST_INLINE double sum_elements(const T* x, int64_t elements) {
+  double sums[kLanes] = {};
+  for (int64_t begin = 0; begin < elements; begin += kPiece) {
+    const int64_t end = begin + kPiece < elements ? begin + kPiece : elements;
+    float piece[kLanes] = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) piece[lane] += load(x + i + lane) * load(x + i + lane);
+    }
+    for (int lane = 0; i < end; ++i, ++lane) piece[lane] += load(x + i) * load(x + i);
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(piece[lane]);
+  }
+  double sum = 0.0;
+  for (const double lane : sums) sum += lane;
+  return sum;
+}
+
+GPTDIST_INLINE double sum_chunk(const void* x, Dtype dtype, int64_t elements) {
+  if (dtype == Dtype::kFp32) return sum_elements(static_cast<const float*>(x), elements);
+  if (dtype == Dtype::kBf16) return sum_elements(static_cast<const Bf16*>(x), elements);
+  return sum_elements(static_cast<const Fp16*>(x), elements);
+}
+
+#ifdef GPTDIST_X86
+GPTDIST_AVX2 double sum_avx2(const void* x, Dtype dtype, int64_t elements) { return sum_chunk(x, dtype, elements); }
+GPTDIST_AVX512 double sum_avx512(const void* x, Dtype dtype, int64_t elements) { return sum_chunk(x, dtype, elements); }
+#endif
+
+}  // namespace
+
+double sum_of_squares(const void* x, Dtype dtype, int64_t elements, [[maybe_unused]] Isa isa) {
+#ifdef GPTDIST_X86
+  if (isa == Isa::kAvx512) return sum_avx512(x, dtype, elements);
+  if (isa == Isa::kAvx2) return sum_avx2(x, dtype, elements);
+#endif
+  return sum_chunk(x, dtype, elements);
+}
+
+}  // namespace gptdist::cpu

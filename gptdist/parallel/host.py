@@ -1,0 +1,60 @@
+"""What a process sets of the machine it runs on: CPU threads, denormal numbers, how freed memory is kept."""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+CPUS = Path("/sys/devices/system/cpu")
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000", or microseconds of CPU time per period
+# mallopt's parameters (malloc.h), and its largest value.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+INT_MAX = (1 << 31) - 1
+TOP_PAD_BYTES = 64 << 20
+
+
+def physical_cores() -> int:
+    """Cores that this process may use: hardware threads of one core count once, and a container's quota bounds them."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_siblings(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _quota()))
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of the core that `cpu` belongs to, as the kernel writes them."""
+    try:
+        return (CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> int:
+    try:
+        quota, period = CGROUP_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return INT_MAX
+    return INT_MAX if quota == "max" else max(1, round(int(quota) / int(period)))
+
+
+def set_up_cpu(threads: int, local_size: int) -> None:
+    """Set this process's CPU threads and treatment of denormals.
+
+    threads: 0 takes this host's cores, divided among the `local_size` processes on it.
+    """
+    torch.set_num_threads(threads or max(1, physical_cores() // local_size))
+    # Arithmetic on denormals is some 100 times slower, and optimizer moments of idle weights decay into them.
+    torch.set_flush_denormal(True)
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep what is freed for the next allocation; False where the C library is another.
+
+    A training step allocates the same large buffers again and again. By default each is mapped afresh, zeroed by the
+    kernel page by page and unmapped, which at GPT-2 124M is about a third of a CPU's step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all((mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, INT_MAX), mallopt(M_TOP_PAD, TOP_PAD_BYTES)))
