@@ -18,12 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
-<<<<<<< HEAD
 from gptdist.model import Linear
-from gptdist.optim.adamw import slots
-=======
 from gptdist.optim.adamw import AdamW, local, slots
->>>>>>> optim
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
 from gptdist.parallel.world import World
@@ -38,12 +34,8 @@ class Strategy:
         self.world, self.config = world, config
         self.model: nn.Module
         self.n_parameters: int  # of the whole model
-<<<<<<< HEAD
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.shadows: dict[nn.Parameter, Tensor] = {}  # bf16 copies of weights, for the products
-=======
         self.optimizer: AdamW | None = None
->>>>>>> optim
+        self.shadows: dict[nn.Parameter, Tensor] = {}  # bf16 copies of weights, for the products
         self._norm: Tensor | None = None
 
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
