@@ -9,19 +9,8 @@
 // writes n, and 4 bytes * channels * ceil(rows / kRowsPerPartial) of partial sums twice. All arithmetic is fp32.
 //
 // Launch: one call handles whole rows on one thread; ops.cpp gives threads ranges of kRowsPerPartial-row blocks.
-//
-// There is one source of the arithmetic, plain C++ that compilers vectorise (no branches, no library calls). It is
-// compiled three times through target attributes, and the level is chosen at run time.
 
 #include "bias_gelu.h"
-
-#include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GPTDIST_X86 1
-#endif
-
-#define GPTDIST_INLINE inline __attribute__((always_inline))
 
 namespace gptdist::cpu {
 namespace {
@@ -32,29 +21,6 @@ constexpr float kCubic = 0.044715f;
 // Channels per tile: x, dy, dx, bias and partial of a tile (12 KiB in fp32) stay in a 32 KiB first-level cache
 // while the rows pass.
 constexpr int64_t kTile = 1024;
-
-GPTDIST_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-GPTDIST_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-GPTDIST_INLINE float load(const float* p) { return *p; }
-GPTDIST_INLINE float load(const Bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
-GPTDIST_INLINE void store(float* p, float value) { *p = value; }
-
-GPTDIST_INLINE void store(Bf16* p, float value) {  // round to nearest even; NaN stays NaN
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  p->bits = uint16_t(is_nan ? 0x7fc0u : rounded);
-}
 
 // x with its magnitude cut to 87, beyond which exp leaves a float's range and gelu's factors have long settled; NaN
 // becomes 87. Written without a comparison: GCC 12 turns one into branches that each end in a division, and ran at less
@@ -139,36 +105,8 @@ GPTDIST_INLINE void backward(const Backward<T>& a) {
   }
 }
 
-#ifdef GPTDIST_X86
-#define GPTDIST_AVX2 __attribute__((target("avx2,fma")))
-#ifdef __clang__
-#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"), min_vector_width(512)))
-#else  // GCC prefers 256-bit vectors unless told
-#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
-#endif
-template <class T> GPTDIST_AVX2 void forward_avx2(const Forward<T>& a) { forward(a); }
-template <class T> GPTDIST_AVX2 void backward_avx2(const Backward<T>& a) { backward(a); }
-template <class T> GPTDIST_AVX512 void forward_avx512(const Forward<T>& a) { forward(a); }
-template <class T> GPTDIST_AVX512 void backward_avx512(const Backward<T>& a) { backward(a); }
-#endif
-
-template <class T>
-void dispatch_forward(const Forward<T>& a, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return forward_avx512(a);
-  if (isa == Isa::kAvx2) return forward_avx2(a);
-#endif
-  forward(a);
-}
-
-template <class T>
-void dispatch_backward(const Backward<T>& a, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return backward_avx512(a);
-  if (isa == Isa::kAvx2) return backward_avx2(a);
-#endif
-  backward(a);
-}
+GPTDIST_FOR_EACH_ISA(forward)
+GPTDIST_FOR_EACH_ISA(backward)
 
 }  // namespace
 
@@ -184,10 +122,10 @@ Isa best_isa() {
   return Isa::kPortable;
 }
 
-void bias_gelu_forward(const Forward<float>& args, Isa isa) { dispatch_forward(args, isa); }
-void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { dispatch_forward(args, isa); }
-void bias_gelu_backward(const Backward<float>& args, Isa isa) { dispatch_backward(args, isa); }
-void bias_gelu_backward(const Backward<Bf16>& args, Isa isa) { dispatch_backward(args, isa); }
+void bias_gelu_forward(const Forward<float>& args, Isa isa) { forward_at(args, isa); }
+void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { forward_at(args, isa); }
+void bias_gelu_backward(const Backward<float>& args, Isa isa) { backward_at(args, isa); }
+void bias_gelu_backward(const Backward<Bf16>& args, Isa isa) { backward_at(args, isa); }
 
 void fold_partials(const float* partials, int64_t count, int64_t channels, int64_t begin, int64_t end, float* dbias) {
   for (int64_t c = begin; c < end; ++c) dbias[c] = 0.0f;

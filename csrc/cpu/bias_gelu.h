@@ -3,17 +3,9 @@
 
 #include <cstdint>
 
+#include "vector.h"
+
 namespace gptdist::cpu {
-
-// Instruction sets, ascending. A level runs only where the processor has it.
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-Isa best_isa();
-
-// bfloat16 as its 16 bits; the kernel needs no class for it.
-struct Bf16 {
-  uint16_t bits;
-};
 
 // Rows that share one partial sum of the bias gradient. A constant, so that the sum's order (and its bits) does not
 // depend on the number of threads. 64 rows of 3072 fp32 channels are read from memory for one 12 KiB partial.

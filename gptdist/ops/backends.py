@@ -51,9 +51,16 @@ class Kernel(NamedTuple):
 
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = Kernel((torch.float32, torch.bfloat16))
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
 COMPILED = {
-    "cpu": {"bias_gelu": Kernel((torch.float32, torch.bfloat16))},
+    "cpu": {
+        "layer_norm": _CPU,
+        "residual_layer_norm": _CPU,
+        "bias_gelu": _CPU,
+        "cross_entropy": _CPU,
+        "linear_cross_entropy": _CPU,
+    },
     "cuda": {
         "attention": Kernel(_HALVES[1:], "head dimension 64 or 128"),
         "layer_norm": _NORM,

@@ -1,0 +1,97 @@
+// What the CPU kernels share: one scalar source, plain C++ without branches or library calls in its loops, that compilers
+// turn into vector code. It is compiled three times through target attributes; the level is chosen at run time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GPTDIST_X86 1
+#endif
+
+#define GPTDIST_INLINE inline __attribute__((always_inline))
+#define GPTDIST_LAMBDA __attribute__((always_inline))
+
+// GPTDIST_FOR_EACH_ISA(kernel), after `template <class Args> GPTDIST_INLINE void kernel(const Args&)`, defines
+// kernel_at(args, isa), which runs the kernel compiled for that instruction set.
+#ifdef GPTDIST_X86
+#define GPTDIST_AVX2 __attribute__((target("avx2,fma")))
+#ifdef __clang__
+#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"), min_vector_width(512)))
+#else  // GCC prefers 256-bit vectors unless told
+#define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
+#endif
+#define GPTDIST_FOR_EACH_ISA(kernel)                                                 \
+  template <class Args> GPTDIST_AVX2 void kernel##_avx2(const Args& a) { kernel(a); }     \
+  template <class Args> GPTDIST_AVX512 void kernel##_avx512(const Args& a) { kernel(a); } \
+  template <class Args> void kernel##_at(const Args& a, Isa isa) {                   \
+    if (isa == Isa::kAvx512) return kernel##_avx512(a);                              \
+    if (isa == Isa::kAvx2) return kernel##_avx2(a);                                  \
+    kernel(a);                                                                       \
+  }
+#else
+#define GPTDIST_FOR_EACH_ISA(kernel) \
+  template <class Args> void kernel##_at(const Args& a, Isa) { kernel(a); }
+#endif
+
+namespace gptdist::cpu {
+
+// Instruction sets, ascending. A level runs only where the processor has it.
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+Isa best_isa();
+
+// bfloat16 as its 16 bits; the kernels need no class for it.
+struct Bf16 {
+  uint16_t bits;
+};
+
+GPTDIST_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+GPTDIST_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+GPTDIST_INLINE float load(const float* p) { return *p; }
+GPTDIST_INLINE float load(const Bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
+GPTDIST_INLINE void store(float* p, float value) { *p = value; }
+
+GPTDIST_INLINE void store(Bf16* p, float value) {  // round to nearest even; NaN stays NaN
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = uint16_t(is_nan ? 0x7fc0u : rounded);
+}
+
+// A sum over i in [0, n) of term(i) in kLanes partial sums (four AVX-512 registers), then those in pairs: the order that
+// vector code wants, fixed by n alone.
+constexpr int64_t kLanes = 64;
+
+struct Lanes {
+  float sum[kLanes] = {};
+
+  GPTDIST_INLINE float total() {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    }
+    return sum[0];
+  }
+};
+
+// Calls body(i, lane) for i in [0, n), lane = i mod kLanes: a vector loop and a tail.
+template <class Body>
+GPTDIST_INLINE void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) body(i + lane, lane);
+  }
+  for (int64_t lane = 0; lane < n - i; ++lane) body(i + lane, lane);
+}
+
+}  // namespace gptdist::cpu
