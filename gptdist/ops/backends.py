@@ -228,6 +228,16 @@ def cuda_kernels():
     return torch.ops.gptdist_vm if _test_device else torch.ops.gptdist_c
 
 
+def kernels(backend: str):
+    """The namespace of the compiled ops that a choice of `cuda` or `cpu` means."""
+    return cuda_kernels() if backend == "cuda" else torch.ops.gptdist_c
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA device or stands for one in a test."""
+    return device.type == "cuda" or _test_device
+
+
 def custom_op(name: str):
     """torch.library.custom_op for a functional op whose first argument is a tensor or a list of them.
 
