@@ -1,44 +1,24 @@
-// The library gptdist_c: its schemas, and the CPU ops but for the optimizer's (ops_optim.cpp). These files and
-// ops_cuda.cpp alone know tensors, and only through torch's stable ABI, so that one build serves every later torch.
-// Kernels are torch-free: pointers and sizes.
+// The library gptdist_c: its schemas, and bias_gelu on the CPU. ops*.cpp alone know tensors, and only through torch's
+// stable ABI, so that one build serves every later torch. Kernels are torch-free: pointers and sizes.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdint>
 #include <optional>
 #include <tuple>
 
 #include "cpu/bias_gelu.h"
+#include "ops_cpu.h"
 #include "schemas.h"
 
 namespace {
 
-using gptdist::cpu::Bf16;
-using gptdist::cpu::Isa;
-using gptdist::cpu::kElementsPerThread;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace gptdist;
 
 constexpr int64_t kRowsPerPartial = gptdist::cpu::kRowsPerPartial;
 
 // Select an instruction set (0 portable, 1 AVX2, 2 AVX-512; any other value leaves it) no higher than the processor's
 // best. Returns the one in use. For tests and diagnosis.
 int64_t cpu_isa(int64_t level) {
-  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) gptdist::cpu::active_isa() = Isa(level);
-  return int64_t(gptdist::cpu::active_isa().load());
-}
-
-struct Shape {
-  int64_t rows, channels;
-};
-
-Shape rows_and_channels(const Tensor& x) {
-  const int64_t channels = x.size(x.dim() - 1);
-  return {channels == 0 ? 0 : x.numel() / channels, channels};
+  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) active_isa() = Isa(level);
+  return int64_t(active_isa().load());
 }
 
 void check_bias(const std::optional<Tensor>& bias, int64_t channels) {
@@ -51,19 +31,10 @@ const float* bias_pointer(const std::optional<Tensor>& bias) {
   return bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
 }
 
-// Calls body(block_begin, block_end) on threads, blocks being kRowsPerPartial rows of x each.
-template <class Body>
-void parallel_blocks(Shape shape, int64_t rows_per_block, const Body& body) {
-  const int64_t blocks = (shape.rows + rows_per_block - 1) / rows_per_block;
-  const int64_t block_elements = rows_per_block * shape.channels;
-  const int64_t grain = block_elements >= kElementsPerThread ? 1 : kElementsPerThread / block_elements;
-  torch::stable::parallel_for(0, blocks, grain, body);
-}
-
 template <class T>
 void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = gptdist::cpu::active_isa();
+  const Isa isa = active_isa();
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* y_data = static_cast<T*>(y.data_ptr());
   const float* bias_data = bias_pointer(bias);
@@ -76,7 +47,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
 template <class T>
 void backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, Tensor& dx, float* partials) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = gptdist::cpu::active_isa();
+  const Isa isa = active_isa();
   const T* dy_data = static_cast<const T*>(dy.data_ptr());
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* dx_data = static_cast<T*>(dx.data_ptr());
@@ -117,7 +88,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
   Tensor dbias = torch::stable::new_zeros(x, {bias ? shape.channels : 0}, ScalarType::Float);
   if (x.numel() == 0) return {dx, dbias};
 
-  const int64_t blocks = (shape.rows + kRowsPerPartial - 1) / kRowsPerPartial;
+  const int64_t blocks = block_count(shape, kRowsPerPartial);
   Tensor partials = torch::stable::new_empty(x, {bias ? blocks : 0, shape.channels}, ScalarType::Float);
   float* partial_data = bias ? static_cast<float*>(partials.data_ptr()) : nullptr;
   switch (x.scalar_type()) {
@@ -136,6 +107,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
 }
 
 }  // namespace
+
 
 STABLE_TORCH_LIBRARY(gptdist_c, m) {
   for (const char* schema : gptdist::kSchemas) m.def(schema);

@@ -5,14 +5,13 @@
 namespace gptdist {
 
 constexpr const char* kSchemas[] = {
-    // Both devices. dbias is fp32, and empty without a bias.
+    // Statistics, losses and parameters' gradients are fp32; dbias is empty without a bias. Both devices:
     "bias_gelu_fwd(Tensor x, Tensor? bias) -> Tensor",
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)",
-    // Both devices. One tensor of each list for each parameter; shadows is empty where none are wanted.
+    // One tensor of each list for each parameter; shadows is empty where none are wanted.
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] shadows,"
     " Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
     "grad_norm(Tensor[] tensors) -> Tensor",
-    // CUDA only. mean, rstd, dweight and dbias are fp32; dbias is empty without a bias.
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, bool has_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -20,10 +19,16 @@ constexpr const char* kSchemas[] = {
     " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
     "residual_layer_norm_bwd(Tensor dy, Tensor ds, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, bool has_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    // loss and lse are fp32. The second backward overwrites the logits with their gradient.
+    // The second backward overwrites the logits with their gradient.
     "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
     "cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor targets, Tensor lse, int ignore_index) -> ()",
+    // CPU only. layer_norm of fp32 x with y in bf16; logits that become their gradient for a dloss of 1 with the pass that
+    // finds loss and lse; out = (x + addend) scale, where out and addend may be one tensor.
+    "layer_norm_to_bf16_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
+    "scaled_sum_(Tensor(a!) out, Tensor x, Tensor? addend, float scale) -> ()",
+    // CUDA only.
     "dropout(Tensor x, float p, Tensor key, Tensor sample_ids, int site, int row_offset) -> Tensor",
     // qkv (B, T, Hkv, G+2, D) gives out (B, T, Hkv, G, D) and lse (B, Hkv, G, T), which is fp32.
     "attention_fwd(Tensor qkv, bool causal, Tensor? doc_start, float p, Tensor? key, Tensor? sample_ids, int site,"

@@ -16,6 +16,7 @@ module = importlib.import_module("gptdist.ops.cross_entropy")
 def chunks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(module, "BUFFER_ELEMENTS", 100)
+        monkeypatch.setattr(module, "CPU_BUFFER_BYTES", 400)
         monkeypatch.setattr(module, "LEAST_ROWS", 4)
 
 
@@ -102,7 +103,7 @@ def test_minus_infinity_logits_and_large_ones():
 
 
 def test_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(module, "BUFFER_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(module, "CPU_BUFFER_BYTES", 1 << 16)
     N, C, V = 4096, 8, 256  # whole logits: 4 MiB; the buffer: 64 KiB
     hidden, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
     largest = 0
@@ -116,10 +117,9 @@ def test_logits_never_exist_whole(monkeypatch):
             return out
 
     with torch.no_grad(), Largest():
-        loss, lse = module._linear_fwd._init_fn(hidden, weight, torch.zeros(N, dtype=torch.int64), V, -100)
-        module._linear_bwd._init_fn(
-            loss, hidden, weight, torch.zeros(N, dtype=torch.int64), lse, V, -100, True, True
-        )
+        targets = torch.zeros(N, dtype=torch.int64)
+        loss, lse, *units = module._linear_fwd._init_fn(hidden, weight, targets, None, V, -100, True, True)
+        module._linear_bwd._init_fn(loss, hidden, weight, targets, None, lse, *units, V, -100, True, True)
     assert largest <= max(1 << 14, N * C)
 
 

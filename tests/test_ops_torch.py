@@ -75,8 +75,9 @@ OPCHECKS = {
         torch.zeros(2, 1, dtype=torch.int32),
         torch.tensor([1, 3]),
     ),
-    "layer_norm_fwd": (X, W, BIAS, 1e-5),
-    "layer_norm_fwd bf16": (randn(2, 5, 6, dtype=torch.bfloat16), W, None, 1e-5),
+    "layer_norm_fwd": (X, W, BIAS, 1e-5, torch.float32),
+    "layer_norm_fwd bf16": (randn(2, 5, 6, dtype=torch.bfloat16), W, None, 1e-5, torch.bfloat16),
+    "layer_norm_fwd fp32 to bf16": (X, W, None, 1e-5, torch.bfloat16),
     "layer_norm_bwd": (randn(2, 5, 6), X, STATISTIC, STATISTIC, W, BIAS),
     "residual_layer_norm_fwd": (X, R, W, BIAS, 1e-5),
     "residual_layer_norm_fwd bf16": (randn(2, 5, 6, dtype=torch.bfloat16), R, W, None, 1e-5),
@@ -86,8 +87,17 @@ OPCHECKS = {
     "bias_gelu_bwd": (randn(2, 5, 6), X, BIAS),
     "cross_entropy_fwd": (randn(4, 9), TARGETS, -100),
     "cross_entropy_bwd": (randn(4), randn(4, 9), TARGETS, randn(4), -100),
-    "linear_cross_entropy_fwd": (randn(4, 6), randn(9, 6), TARGETS, 8, -100),
-    "linear_cross_entropy_bwd": (randn(4), randn(4, 6), randn(9, 6), TARGETS, randn(4), 8, -100, True, False),
+    "linear_cross_entropy_fwd": (randn(4, 6), randn(9, 6), TARGETS, None, 8, -100, False, False),
+    "linear_cross_entropy_fwd with gradients": (
+        randn(4, 6, dtype=torch.bfloat16), randn(9, 6), TARGETS, randn(9, 6, dtype=torch.bfloat16), 8, -100, True, True
+    ),
+    "linear_cross_entropy_bwd": (
+        randn(4), randn(4, 6), randn(9, 6), TARGETS, None, randn(4), None, None, None, 8, -100, True, False
+    ),
+    "linear_cross_entropy_bwd scaling": (
+        torch.ones(4), randn(4, 6), randn(9, 6), TARGETS, None, randn(4), randn(4, 6), randn(9, 6), randn(0), 8, -100,
+        True, True,
+    ),
     "linear_logsumexp_fwd": (randn(4, 6), randn(9, 6), TARGETS, 2, 8, -100),
     "linear_logsumexp_bwd": (randn(4), randn(4), randn(4, 6), randn(9, 6), TARGETS, randn(4), 2, 8),
     "dropout": (X, 0.2, KEY, IDS, 1, 0),

@@ -7,13 +7,13 @@
 // Memory, bytes an element: reads 12 and the gradient's 4 or 2, writes 12, and 2 for a shadow (whose lines a processor
 // reads before it writes them). All arithmetic is fp32; the scalars are computed in double.
 //
-// Launch: one call is a chunk of a tensor on one thread; ops_optim.cpp gives threads ranges of chunks.
+// Launch: one call is a chunk of a tensor on one thread; ops_cpu_optim.cpp gives threads ranges of chunks.
 
 #include "adamw.h"
 
 #include <cmath>
 
-#include "simd.h"
+#include "vector.h"
 
 namespace gptdist::cpu {
 namespace {

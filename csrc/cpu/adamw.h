@@ -1,4 +1,4 @@
-// AdamW on a CPU: what ops_optim.cpp calls. Mathematics and memory traffic: adamw.cpp.
+// AdamW on a CPU: what ops_cpu_optim.cpp calls. Mathematics and memory traffic: adamw.cpp.
 #pragma once
 
 #include <cstdint>

@@ -9,15 +9,10 @@
 // writes n, and 4 bytes * channels * ceil(rows / kRowsPerPartial) of partial sums twice. All arithmetic is fp32.
 //
 // Launch: one call handles whole rows on one thread; ops.cpp gives threads ranges of kRowsPerPartial-row blocks.
-//
-// There is one source of the arithmetic, plain C++ that compilers vectorise (no branches, no library calls). It is
-// compiled three times through target attributes, and the level is chosen at run time.
 
 #include "bias_gelu.h"
 
-#include <cstring>
-
-#include "simd.h"
+#include "vector.h"
 
 namespace gptdist::cpu {
 namespace {
@@ -112,37 +107,15 @@ GPTDIST_INLINE void backward(const Backward<T>& a) {
   }
 }
 
-#ifdef GPTDIST_X86
-template <class T> GPTDIST_AVX2 void forward_avx2(const Forward<T>& a) { forward(a); }
-template <class T> GPTDIST_AVX2 void backward_avx2(const Backward<T>& a) { backward(a); }
-template <class T> GPTDIST_AVX512 void forward_avx512(const Forward<T>& a) { forward(a); }
-template <class T> GPTDIST_AVX512 void backward_avx512(const Backward<T>& a) { backward(a); }
-#endif
-
-template <class T>
-void dispatch_forward(const Forward<T>& a, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return forward_avx512(a);
-  if (isa == Isa::kAvx2) return forward_avx2(a);
-#endif
-  forward(a);
-}
-
-template <class T>
-void dispatch_backward(const Backward<T>& a, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return backward_avx512(a);
-  if (isa == Isa::kAvx2) return backward_avx2(a);
-#endif
-  backward(a);
-}
+GPTDIST_FOR_EACH_ISA(forward)
+GPTDIST_FOR_EACH_ISA(backward)
 
 }  // namespace
 
-void bias_gelu_forward(const Forward<float>& args, Isa isa) { dispatch_forward(args, isa); }
-void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { dispatch_forward(args, isa); }
-void bias_gelu_backward(const Backward<float>& args, Isa isa) { dispatch_backward(args, isa); }
-void bias_gelu_backward(const Backward<Bf16>& args, Isa isa) { dispatch_backward(args, isa); }
+void bias_gelu_forward(const Forward<float>& args, Isa isa) { forward_at(args, isa); }
+void bias_gelu_forward(const Forward<Bf16>& args, Isa isa) { forward_at(args, isa); }
+void bias_gelu_backward(const Backward<float>& args, Isa isa) { backward_at(args, isa); }
+void bias_gelu_backward(const Backward<Bf16>& args, Isa isa) { backward_at(args, isa); }
 
 void fold_partials(const float* partials, int64_t count, int64_t channels, int64_t begin, int64_t end, float* dbias) {
   for (int64_t c = begin; c < end; ++c) dbias[c] = 0.0f;

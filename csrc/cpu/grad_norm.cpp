@@ -1,33 +1,33 @@
 // The sum of squares of a chunk of a tensor on a CPU.
 //
-// Reads every element once. kLanes sums in fp32 take the elements in turn, kPiece / kLanes each; then they are added to
+// Reads every element once. kNormLanes sums in fp32 take the elements in turn, kPiece / kNormLanes each; then they are added to
 // sums in fp64, and those to each other in ascending order. A piece's error is at most 32 roundings of fp32 and half of
 // them in the norm; they are of either sign, and do not add up over pieces.
 //
-// Launch: one call is a chunk on one thread; ops_optim.cpp adds the chunks' sums in ascending order.
+// Launch: one call is a chunk on one thread; ops_cpu_optim.cpp adds the chunks' sums in ascending order.
 
 #include "grad_norm.h"
 
-#include "simd.h"
+#include "vector.h"
 
 namespace gptdist::cpu {
 namespace {
 
-constexpr int kLanes = 32;  // two vectors of AVX-512
+constexpr int kNormLanes = 32;  // two vectors of AVX-512
 constexpr int64_t kPiece = 1024;
 
 template <class T>
 GPTDIST_INLINE double sum_elements(const T* x, int64_t elements) {
-  double sums[kLanes] = {};
+  double sums[kNormLanes] = {};
   for (int64_t begin = 0; begin < elements; begin += kPiece) {
     const int64_t end = begin + kPiece < elements ? begin + kPiece : elements;
-    float piece[kLanes] = {};
+    float piece[kNormLanes] = {};
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) piece[lane] += load(x + i + lane) * load(x + i + lane);
+    for (; i + kNormLanes <= end; i += kNormLanes) {
+      for (int lane = 0; lane < kNormLanes; ++lane) piece[lane] += load(x + i + lane) * load(x + i + lane);
     }
     for (int lane = 0; i < end; ++i, ++lane) piece[lane] += load(x + i) * load(x + i);
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(piece[lane]);
+    for (int lane = 0; lane < kNormLanes; ++lane) sums[lane] += double(piece[lane]);
   }
   double sum = 0.0;
   for (const double lane : sums) sum += lane;

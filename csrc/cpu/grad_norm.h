@@ -1,4 +1,4 @@
-// Sums of squares on a CPU: what ops_optim.cpp calls. How they are summed: grad_norm.cpp.
+// Sums of squares on a CPU: what ops_cpu_optim.cpp calls. How they are summed: grad_norm.cpp.
 #pragma once
 
 #include <cstdint>

@@ -52,11 +52,16 @@ class Kernel(NamedTuple):
 
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = Kernel((torch.float32, torch.bfloat16))
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
 _ADAMW = Kernel((torch.float32,), "gradients in float32, bfloat16 or float16")
 COMPILED = {
     "cpu": {
-        "bias_gelu": Kernel((torch.float32, torch.bfloat16)),
+        "layer_norm": _CPU,
+        "residual_layer_norm": _CPU,
+        "bias_gelu": _CPU,
+        "cross_entropy": _CPU,
+        "linear_cross_entropy": _CPU,
         "adamw_": _ADAMW,
         "grad_norm": Kernel(_HALVES),
     },
@@ -227,6 +232,16 @@ def test_device():
 def cuda_kernels():
     """The namespace of the compiled ops that a choice of `cuda` means."""
     return torch.ops.gptdist_vm if _test_device else torch.ops.gptdist_c
+
+
+def kernels(backend: str):
+    """The namespace of the compiled ops that a choice of `cuda` or `cpu` means."""
+    return cuda_kernels() if backend == "cuda" else torch.ops.gptdist_c
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA device or stands for one in a test."""
+    return device.type == "cuda" or _test_device
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()):

@@ -3,26 +3,42 @@
     loss_n = logsumexp(z_n) - z_n[t_n],  dz_n = dloss_n (softmax(z_n) - onehot(t_n)),  z = h W^T
     dh = dz W,  dW = dz^T h
 
-Rows are handled in chunks through one buffer of at most BUFFER_ELEMENTS logits; log-sum-exps (N fp32) are kept, and
-the backward of linear_cross_entropy computes the logits again chunk by chunk, as the upstream gradient of every
-token's loss is arbitrary. The matrix products run in the hidden states' dtype, the softmax in fp32 (fp64 for
-float64), and dW is summed over chunks in fp32. Forward reads h once and W once per chunk; backward reads W twice.
+Rows are handled in chunks through one buffer of logits; log-sum-exps (N fp32) are kept. The matrix products run in the
+hidden states' dtype, the softmax in fp32 (fp64 for float64), and dW is summed over chunks in fp32.
+
+Gradients of linear_cross_entropy, where the upstream gradient of every token's loss is arbitrary:
+
+- On a CPU the forward turns each chunk of logits into their gradient for an upstream gradient of 1, and keeps dh and dW
+  for it. Where all losses turn out to have one upstream gradient (a mean or a sum of them), the backward scales: three
+  products of (N, V) by C in all. dh scales row by row in any case; a dW of differently weighted losses is computed anew.
+- On an accelerator, where to look at the upstream gradient would be to wait for the device, the backward computes the
+  logits again, chunk by chunk: four products.
+
+Forward reads h once and W once per chunk, with gradients twice; a backward that computes reads W twice.
 Sources: Wijmans et al., "Cut your losses" (2024), section 4; Liger-Kernel's fused linear cross entropy.
 """
 
 import torch
 
-from .backends import ALIGNMENT, aligned, choose, compute_dtype, cuda_kernels, custom_op
+from .backends import ALIGNMENT, aligned, choose, compute_dtype, custom_op, kernels, on_cuda
 
-BUFFER_ELEMENTS = 1 << 24  # 64 MiB of fp32: 333 rows of GPT-2's vocabulary, enough rows to keep a GEMM efficient
+# Of the buffer of logits. 64 MiB of fp32 are 333 rows of GPT-2's vocabulary, enough to keep a GEMM of the other operands
+# efficient. On a CPU dW is worth more: each chunk writes it once, and adds it in fp32 where products are in 16 bits, 460
+# MB of traffic for GPT-2 124M; 128 MiB are 1335 rows in bf16, a micro-batch of 1024 tokens whole.
+BUFFER_ELEMENTS = 1 << 24
+CPU_BUFFER_BYTES = 1 << 27
 LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
-# For the CUDA kernels slices of (N,) start at multiples of 16 bytes, and so do rows of the buffer; GEMMs like both.
-CUDA_ROWS, CUDA_COLUMNS = 64, 8
+# For the CUDA kernels slices of (N,) start at multiples of 16 bytes; rows of the buffer start at multiples of a CPU's
+# cache line (in 16 bits), which the kernels and GEMMs of both devices like.
+CUDA_ROWS, BUFFER_COLUMNS = 64, 32
 
 
 def _chunks(rows: int, width: int, multiple: int = 1) -> list[slice]:
     """Slices of `rows`, each but the last of a number of rows that `multiple` divides."""
-    step = max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)) // multiple * multiple
+    return _slices(rows, max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)) // multiple * multiple)
+
+
+def _slices(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -35,15 +51,34 @@ def _check_range(op, targets, classes, ignore_index):
         raise ValueError(f"{op}: targets hold {int(targets[wrong][0])}, expected 0 <= target < {classes}")
 
 
-def _losses(logits, targets, ignore_index):
-    """Losses and log-sum-exps (n,) of logits (n, V) in the compute dtype."""
+def _losses(backend, logits, targets, ignore_index):
+    """Losses and log-sum-exps (n,) of logits (n, V)."""
+    if backend != "reference":
+        return kernels(backend).cross_entropy_fwd(logits, targets, ignore_index)
+    logits = logits.to(compute_dtype(logits.dtype))
     ignored = targets == ignore_index
     lse = torch.logsumexp(logits, dim=-1)
     picked = logits.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
     return (lse - picked).masked_fill_(ignored, 0.0), lse
 
 
-def _logit_gradients_(logits, targets, lse, dloss, ignore_index):
+def _logit_gradients_(backend, logits, targets, lse, dloss, ignore_index):
+    """The gradient of logits (n, V), in their dtype; it may be their memory."""
+    if backend != "reference":
+        kernels(backend).cross_entropy_bwd_(dloss, logits, targets, lse, ignore_index)
+        return logits
+    return _reference_gradients_(logits.to(lse.dtype), targets, lse, dloss, ignore_index).to(logits.dtype)
+
+
+def _losses_and_gradients_(backend, logits, targets, ignore_index):
+    """Losses, log-sum-exps and, for a dloss of 1, the gradient of logits (n, V), which may be their memory."""
+    if backend == "cpu":
+        return *torch.ops.gptdist_c.cross_entropy_gradient_(logits, targets, ignore_index), logits
+    loss, lse = _losses(backend, logits, targets, ignore_index)
+    return loss, lse, _logit_gradients_(backend, logits, targets, lse, torch.ones_like(lse), ignore_index)
+
+
+def _reference_gradients_(logits, targets, lse, dloss, ignore_index):
     """Overwrite logits (n, V) in the compute dtype with their gradient."""
     ignored = targets == ignore_index
     safe = targets.masked_fill(ignored, 0)[:, None]
@@ -56,7 +91,7 @@ def _logit_gradients_(logits, targets, lse, dloss, ignore_index):
 
 
 def _readable_rows(logits):
-    """logits as the CUDA forward reads them, which may have a stride between rows: themselves or a copy."""
+    """logits as the kernels of the forward read them, which may have a stride between rows: themselves or a copy."""
     rows_lie_apart = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
     return logits if rows_lie_apart and logits.data_ptr() % ALIGNMENT == 0 else aligned(logits)
 
@@ -65,13 +100,13 @@ def _readable_rows(logits):
 def _fwd(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     N, V = logits.shape
     _check_range("cross_entropy", targets, V, ignore_index)
-    if choose("cross_entropy", logits.device, logits.dtype).backend == "cuda":
-        return cuda_kernels().cross_entropy_fwd(_readable_rows(logits), aligned(targets), ignore_index)
-    compute = compute_dtype(logits.dtype)
-    loss = logits.new_empty(N, dtype=compute)
+    backend = choose("cross_entropy", logits.device, logits.dtype).backend
+    if backend != "reference":
+        return _losses(backend, _readable_rows(logits), aligned(targets), ignore_index)
+    loss = logits.new_empty(N, dtype=compute_dtype(logits.dtype))
     lse = torch.empty_like(loss)
     for rows in _chunks(N, V):
-        loss[rows], lse[rows] = _losses(logits[rows].to(compute), targets[rows], ignore_index)
+        loss[rows], lse[rows] = _losses(backend, logits[rows], targets[rows], ignore_index)
     return loss, lse
 
 
@@ -79,13 +114,14 @@ def _fwd(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tupl
 def _bwd(
     dloss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
-    if choose("cross_entropy", logits.device, logits.dtype).backend == "cuda":
+    backend = choose("cross_entropy", logits.device, logits.dtype).backend
+    if backend != "reference":
         tensors = aligned(dloss.float()), aligned(logits), aligned(targets), aligned(lse)
-        return cuda_kernels().cross_entropy_bwd(*tensors, ignore_index)
+        return kernels(backend).cross_entropy_bwd(*tensors, ignore_index)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows in _chunks(*logits.shape):
         scratch = logits[rows].to(lse.dtype, copy=True)
-        dlogits[rows] = _logit_gradients_(scratch, targets[rows], lse[rows], dloss[rows], ignore_index)
+        dlogits[rows] = _reference_gradients_(scratch, targets[rows], lse[rows], dloss[rows], ignore_index)
     return dlogits
 
 
@@ -115,42 +151,115 @@ _fwd.register_autograd(_backward, setup_context=_setup)
 # linear_cross_entropy
 
 
-@custom_op("gptdist::linear_cross_entropy_fwd")
-def _linear_fwd(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    N = hidden.shape[0]
-    _check_range("linear_cross_entropy", targets, vocab_size, ignore_index)
-    compute = compute_dtype(hidden.dtype)
-    loss = hidden.new_empty(N, dtype=compute)
-    lse = torch.empty_like(loss)
-    # Padding rows of W never take part: their logits would be -inf, their probability and gradient zero.
-    w = weight[:vocab_size].to(hidden.dtype)  # (V, C)
-    on_cuda = _linear_on_cuda(hidden)
-    targets = aligned(targets) if on_cuda else targets
-    buffer = None
-    for rows in _chunks(N, vocab_size, CUDA_ROWS if on_cuda else 1):
-        buffer, logits = _logits(hidden[rows], w, buffer, CUDA_COLUMNS if on_cuda else 1)
-        if on_cuda:
-            loss[rows], lse[rows] = cuda_kernels().cross_entropy_fwd(logits, targets[rows], ignore_index)
-        else:
-            loss[rows], lse[rows] = _losses(logits.to(compute), targets[rows], ignore_index)
-    return loss, lse
+def _backend(hidden):
+    return choose("linear_cross_entropy", hidden.device, hidden.dtype).backend
 
 
-def _linear_on_cuda(hidden):
-    return choose("linear_cross_entropy", hidden.device, hidden.dtype).backend == "cuda"
+def _cpu_step(width, dtype):
+    """Rows per chunk on a CPU. Not a matter of the backend: shapes that the forward returns depend on it."""
+    return max(LEAST_ROWS, CPU_BUFFER_BYTES // (width * dtype.itemsize))
 
 
-def _logits(h, w, buffer, multiple=1):
-    """(buffer, logits (n, V)): one buffer serves every chunk, the first being the largest.
+def _linear_chunks(hidden, width):
+    if on_cuda(hidden.device):
+        return _chunks(hidden.shape[0], width, CUDA_ROWS)
+    return _slices(hidden.shape[0], _cpu_step(width, hidden.dtype))
 
-    Its rows begin at multiples of `multiple` elements.
-    """
+
+def _logits(h, w, buffer):
+    """The buffer, made for the first chunk, which has the most rows; h @ w.T in it, its rows apart by a multiple."""
     V = w.shape[0]
     if buffer is None:
-        buffer = h.new_empty(h.shape[0], -(-V // multiple) * multiple)
+        buffer = h.new_empty(h.shape[0], -(-V // BUFFER_COLUMNS) * BUFFER_COLUMNS)
     return buffer, torch.mm(h, w.t(), out=buffer[: h.shape[0], :V])
+
+
+def _products_weight(weight, shadow, vocab_size, dtype):
+    """W for the products: (V, C) in `dtype`, without the padding, whose logits would be -inf and its gradients zero."""
+    return (weight if shadow is None else shadow)[:vocab_size].to(dtype)
+
+
+class _WeightGradient:
+    """dW as the sum over chunks of dz^T h, rows of padding zero.
+
+    `product`, in the hidden states' dtype, is the last chunk's, and `total`, in fp32, the sum of those before. There is
+    no total, (0,), where there is one chunk, or where products are summed in the dtype that they are computed in.
+    """
+
+    def __init__(self, weight, vocab_size, dtype, chunks):
+        make = weight.new_empty if chunks else weight.new_zeros
+        self.product = make(weight.shape, dtype=dtype)
+        self.total = _empty_total(weight, dtype, chunks > 1)
+        self.vocab_size, self.chunks = vocab_size, 0
+        for part in (self.product, self.total):
+            part[vocab_size:] = 0
+
+    def add(self, dlogits, h):
+        product = self.product[: self.vocab_size]
+        if self.chunks > 0 and self.total.numel() == 0:
+            product.addmm_(dlogits.t(), h)
+        else:
+            if self.chunks > 0:
+                _scaled_sum_(self.total, self.product, None if self.chunks == 1 else self.total, 1.0)
+            torch.mm(dlogits.t(), h, out=product)
+        self.chunks += 1
+
+
+def _empty_total(weight, dtype, several_chunks):
+    compute = compute_dtype(dtype)
+    return weight.new_empty(weight.shape if several_chunks and dtype != compute else (0,), dtype=compute)
+
+
+def _scaled_sum_(out, x, addend, scale):
+    """out = (x + addend) scale in one pass, addend None for 0; out may be addend."""
+    if choose("linear_cross_entropy", x.device, x.dtype).backend == "cpu":
+        torch.ops.gptdist_c.scaled_sum_(out, x, addend, scale)
+    else:
+        out.copy_(x) if addend is None else torch.add(x, addend, out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+
+
+def _scaled_weight_gradient(product, total, scale, dtype):
+    """(product + total) scale in `dtype`, a fresh tensor."""
+    out = torch.empty_like(product, dtype=compute_dtype(product.dtype))
+    _scaled_sum_(out, product, total if total.numel() else None, scale)
+    return out.to(dtype)
+
+
+@custom_op("gptdist::linear_cross_entropy_fwd")
+def _linear_fwd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    shadow: torch.Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    with_dhidden: bool,
+    with_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, log-sum-exps, and for a dloss of 1 dh and the two parts of a _WeightGradient; (0,) what is not wanted."""
+    _check_range("linear_cross_entropy", targets, vocab_size, ignore_index)
+    backend = _backend(hidden)
+    loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    lse = torch.empty_like(loss)
+    dhidden = _empty_like(hidden, with_dhidden)
+    w, targets, buffer = _products_weight(weight, shadow, vocab_size, hidden.dtype), aligned(targets), None
+    chunks = _linear_chunks(hidden, vocab_size)
+    dweight = _WeightGradient(weight, vocab_size, hidden.dtype, len(chunks)) if with_dweight else None
+    for rows in chunks:
+        h = hidden[rows]
+        buffer, logits = _logits(h, w, buffer)
+        if not (with_dhidden or with_dweight):
+            loss[rows], lse[rows] = _losses(backend, logits, targets[rows], ignore_index)
+            continue
+        loss[rows], lse[rows], dlogits = _losses_and_gradients_(backend, logits, targets[rows], ignore_index)
+        if with_dhidden:
+            torch.mm(dlogits, w, out=dhidden[rows])
+        if with_dweight:
+            dweight.add(dlogits, h)
+    parts = (dweight.product, dweight.total) if with_dweight else (hidden.new_empty(0), lse.new_empty(0))
+    return loss, lse, dhidden, *parts
 
 
 @custom_op("gptdist::linear_cross_entropy_bwd")
@@ -159,65 +268,102 @@ def _linear_bwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    shadow: torch.Tensor | None,
     lse: torch.Tensor,
+    unit_dhidden: torch.Tensor | None,
+    unit_product: torch.Tensor | None,
+    unit_total: torch.Tensor | None,
     vocab_size: int,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dhidden, _ = _linear_gradients(hidden, weight, need_hidden, need_weight)
-    dweight = weight.new_zeros(weight.shape if need_weight else 0, dtype=lse.dtype)
-    w = weight[:vocab_size].to(hidden.dtype)
-    on_cuda = _linear_on_cuda(hidden)
-    if on_cuda:
-        dloss, targets, lse = aligned(dloss.float()), aligned(targets), aligned(lse)
-    buffer = None
-    for rows in _chunks(hidden.shape[0], vocab_size, CUDA_ROWS if on_cuda else 1):
+    """dh and dW, (0,) if not needed: scaled from those for a dloss of 1 where these are given and suffice."""
+    dhidden = dweight = None
+    if need_hidden and unit_dhidden is not None:
+        scale = dloss.masked_fill(targets == ignore_index, 0.0)[:, None]
+        dhidden = (unit_dhidden * scale).to(hidden.dtype)
+    if need_weight and unit_product is not None:
+        scale = _common_value(dloss[targets != ignore_index])
+        if scale is not None:
+            dweight = _scaled_weight_gradient(unit_product, unit_total, scale, weight.dtype)
+    missing = need_hidden and dhidden is None, need_weight and dweight is None
+    if any(missing):
+        computed = _compute_gradients(dloss, hidden, weight, targets, shadow, lse, vocab_size, ignore_index, *missing)
+        dhidden, dweight = (new if old is None else old for old, new in zip((dhidden, dweight), computed, strict=True))
+    return hidden.new_empty(0) if dhidden is None else dhidden, weight.new_empty(0) if dweight is None else dweight
+
+
+def _common_value(x):
+    """The one value that all elements of x have, 0 where there are none; None for several or NaN."""
+    if x.numel() == 0:
+        return 0.0
+    return x[0].item() if (x == x[0]).all() else None
+
+
+def _compute_gradients(dloss, hidden, weight, targets, shadow, lse, vocab_size, ignore_index, need_hidden, need_weight):
+    """dh and dW, (0,) if not needed, from the logits computed again."""
+    backend = _backend(hidden)
+    w, buffer = _products_weight(weight, shadow, vocab_size, hidden.dtype), None
+    dloss, targets, lse = aligned(dloss.to(lse.dtype)), aligned(targets), aligned(lse)
+    chunks = _linear_chunks(hidden, vocab_size)
+    dhidden = _empty_like(hidden, need_hidden)
+    dweight = _WeightGradient(weight, vocab_size, hidden.dtype, len(chunks)) if need_weight else None
+    for rows in chunks:
         h = hidden[rows]
-        buffer, logits = _logits(h, w, buffer, CUDA_COLUMNS if on_cuda else 1)
-        if on_cuda:  # the buffer's logits become their gradient
-            dlogits = logits
-            cuda_kernels().cross_entropy_bwd_(dloss[rows], logits, targets[rows], lse[rows], ignore_index)
-        else:
-            dlogits = _logit_gradients_(logits.to(lse.dtype), targets[rows], lse[rows], dloss[rows], ignore_index)
-            dlogits = dlogits.to(hidden.dtype)
+        buffer, logits = _logits(h, w, buffer)
+        dlogits = _logit_gradients_(backend, logits, targets[rows], lse[rows], dloss[rows], ignore_index)
         if need_hidden:
             torch.mm(dlogits, w, out=dhidden[rows])
-        if need_weight and dlogits.dtype == dweight.dtype:
-            dweight[:vocab_size].addmm_(dlogits.t(), h)
-        elif need_weight:
-            dweight[:vocab_size] += dlogits.t() @ h
-    return dhidden, dweight.to(weight.dtype)
+        if need_weight:
+            dweight.add(dlogits, h)
+    if not need_weight:
+        return dhidden, weight.new_empty(0)
+    if dweight.product.dtype == weight.dtype and dweight.total.numel() == 0:
+        return dhidden, dweight.product
+    return dhidden, _scaled_weight_gradient(dweight.product, dweight.total, 1.0, weight.dtype)
+
+
+def _empty_like(x, wanted):
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
 
 
 def _linear_gradients(hidden, weight, need_hidden, need_weight):
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
-    return dhidden, dweight
+    return _empty_like(hidden, need_hidden), _empty_like(weight, need_weight)
 
 
 @_linear_fwd.register_fake
-def _(hidden, weight, targets, vocab_size, ignore_index):
+def _(hidden, weight, targets, shadow, vocab_size, ignore_index, with_dhidden, with_dweight):
     loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
-    return loss, torch.empty_like(loss)
+    product = hidden.new_empty(weight.shape if with_dweight else (0,))
+    several = with_dweight and hidden.shape[0] > _cpu_step(vocab_size, hidden.dtype)
+    total = _empty_total(weight, hidden.dtype, several)
+    return loss, torch.empty_like(loss), _empty_like(hidden, with_dhidden), product, total
 
 
 @_linear_bwd.register_fake
-def _(dloss, hidden, weight, targets, lse, vocab_size, ignore_index, need_hidden, need_weight):
+def _(dloss, hidden, weight, targets, shadow, lse, unit_dhidden, unit_product, unit_total, vocab_size, ignore_index,
+      need_hidden, need_weight):
     return _linear_gradients(hidden, weight, need_hidden, need_weight)
 
 
 def _linear_setup(ctx, inputs, output):
-    hidden, weight, targets, ctx.vocab_size, ctx.ignore_index = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[1])
+    hidden, weight, targets, shadow, ctx.vocab_size, ctx.ignore_index, with_dhidden, with_dweight = inputs
+    lse, dhidden, product, total = output[1:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the gradient of dW's parts would be as large as they are
+    units = dhidden if with_dhidden else None, *((product, total) if with_dweight else (None, None))
+    ctx.save_for_backward(hidden, weight, targets, shadow, lse, *units)
 
 
-def _linear_backward(ctx, dloss, dlse):
+def _linear_backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 8
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     dhidden, dweight = _linear_bwd(
         dloss, *ctx.saved_tensors, ctx.vocab_size, ctx.ignore_index, need_hidden, need_weight
     )
-    return dhidden if need_hidden else None, dweight if need_weight else None, None, None, None
+    return dhidden if need_hidden else None, dweight if need_weight else None, *[None] * 6
 
 
 _linear_fwd.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -246,11 +392,13 @@ def linear_cross_entropy(
     *,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    shadow: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per-token losses (N,), fp32 (fp64 for float64), of the logits hidden @ weight.T; 0 where ignored.
 
     hidden: (N, C). weight: (V, C); rows at and beyond `vocab_size` are padding, with logits of -inf. targets: int64
-    (N,). Products run in hidden's dtype. Raises ValueError for arguments that do not fit, and on a CPU for a target
+    (N,). Products run in hidden's dtype. shadow: weight in that dtype, read in its place; the gradient is weight's, in
+    weight's dtype. Without one weight is cast, anew in a backward that computes (see above). Raises ValueError for arguments that do not fit, and on a CPU for a target
     out of range; the CUDA kernels make the loss and gradients of such a row NaN.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -263,4 +411,11 @@ def linear_cross_entropy(
     vocab_size = V if vocab_size is None else vocab_size
     if not 0 < vocab_size <= V:
         raise ValueError(f"linear_cross_entropy: vocab_size is {vocab_size}, expected 1 to {V} (rows of weight)")
-    return _linear_fwd(hidden, weight, targets, vocab_size, ignore_index)[0]
+    if shadow is not None and (shadow.shape, shadow.dtype) != (weight.shape, hidden.dtype):
+        raise ValueError(
+            f"linear_cross_entropy: shadow is {shadow.dtype} {tuple(shadow.shape)}, expected hidden's {hidden.dtype} and "
+            f"weight's {tuple(weight.shape)}"
+        )
+    in_forward = torch.is_grad_enabled() and hidden.device.type == "cpu" and not on_cuda(hidden.device)
+    wanted = in_forward and hidden.requires_grad, in_forward and weight.requires_grad
+    return _linear_fwd(hidden, weight, targets, shadow, vocab_size, ignore_index, *wanted)[0]

@@ -11,7 +11,16 @@ Source: Ba, Kiros, Hinton, "Layer normalization" (2016), section 3.
 
 import torch
 
-from .backends import aligned, choose, compute_dtype, cuda_kernels, cuda_parameter, custom_op, norm_misfit
+from .backends import (
+    COMPILED,
+    aligned,
+    choose,
+    compute_dtype,
+    cuda_kernels,
+    cuda_parameter,
+    custom_op,
+    norm_misfit,
+)
 
 
 def _normalise(x, weight, bias, eps):
@@ -40,8 +49,8 @@ def _gradients(dy, x, mean, rstd, weight, bias):
     return dx, dweight.to(weight.dtype), dbias
 
 
-def _on_cuda(op, x):
-    return choose(op, x.device, x.dtype, norm_misfit(x.shape[-1])).backend == "cuda"
+def _backend(op, x):
+    return choose(op, x.device, x.dtype, norm_misfit(x.shape[-1])).backend
 
 
 def _cuda_parameters(weight, bias, dtype):
@@ -51,9 +60,24 @@ def _cuda_parameters(weight, bias, dtype):
     return cuda_parameter(weight, dtype), None if bias is None else cuda_parameter(bias, dtype)
 
 
-def _like_parameters(dweight, dbias, weight, bias):
-    """fp32 gradients in their parameter's dtype (dbias empty without a bias)."""
-    return dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
+def _cpu_parameters(weight, bias):
+    """weight and bias as the CPU kernels take them."""
+    return weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+
+
+def _kernel_gradients(backend, dy, ds, s, mean, rstd, weight, bias):
+    """dx, dweight, dbias by a kernel; ds is None, or joins dx."""
+    if s.dtype != torch.float32 or dy.dtype not in COMPILED[backend]["layer_norm"].dtypes:
+        dy = dy.to(s.dtype)  # kernels take dy in the dtype of s, or beside fp32 in another of theirs
+    name = "layer_norm_bwd" if ds is None else "residual_layer_norm_bwd"
+    tensors = (dy, s, mean, rstd) if ds is None else (dy, ds.to(s.dtype), s, mean, rstd)
+    if backend == "cuda":
+        weight_in = cuda_parameter(weight, dy.dtype)
+        dx, dweight, dbias = getattr(cuda_kernels(), name)(*map(aligned, tensors), weight_in, bias is not None)
+    else:
+        (weight_in, _), contiguous = _cpu_parameters(weight, None), [tensor.contiguous() for tensor in tensors]
+        dx, dweight, dbias = getattr(torch.ops.gptdist_c, name)(*contiguous, weight_in, bias is not None)
+    return dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
 
 
 def _empty_statistics(x):
@@ -73,12 +97,18 @@ def _empty_parameters(weight, bias):
 
 @custom_op("gptdist::layer_norm_fwd")
 def _fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _on_cuda("layer_norm", x):
-        return cuda_kernels().layer_norm_fwd(aligned(x), *_cuda_parameters(weight, bias, x.dtype), eps)
-    y, mean, rstd = _normalise(x, weight, bias, eps)
-    return y.to(x.dtype), mean, rstd
+    backend = _backend("layer_norm", x)
+    if backend == "cuda":
+        y, mean, rstd = cuda_kernels().layer_norm_fwd(aligned(x), *_cuda_parameters(weight, bias, x.dtype), eps)
+    elif backend == "cpu":
+        to_bf16 = x.dtype == torch.float32 and dtype == torch.bfloat16
+        kernel = torch.ops.gptdist_c.layer_norm_to_bf16_fwd if to_bf16 else torch.ops.gptdist_c.layer_norm_fwd
+        y, mean, rstd = kernel(x.contiguous(), *_cpu_parameters(weight, bias), eps)
+    else:
+        y, mean, rstd = _normalise(x, weight, bias, eps)
+    return y.to(x.dtype).to(dtype), mean, rstd
 
 
 @custom_op("gptdist::layer_norm_bwd")
@@ -90,23 +120,16 @@ def _bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _on_cuda("layer_norm", x):
-        dx, dweight, dbias = cuda_kernels().layer_norm_bwd(
-            aligned(dy.to(x.dtype)),
-            aligned(x),
-            aligned(mean),
-            aligned(rstd),
-            cuda_parameter(weight, x.dtype),
-            bias is not None,
-        )
-        return dx, *_like_parameters(dweight, dbias, weight, bias)
+    backend = _backend("layer_norm", x)
+    if backend != "reference":
+        return _kernel_gradients(backend, dy, None, x, mean, rstd, weight, bias)
     dx, dweight, dbias = _gradients(dy, x, mean, rstd, weight, bias)
     return dx.to(x.dtype), dweight, dbias
 
 
 @_fwd.register_fake
-def _(x, weight, bias, eps):
-    return _empty_contiguous(x), _empty_statistics(x), _empty_statistics(x)
+def _(x, weight, bias, eps, dtype):
+    return _empty_contiguous(x).to(dtype), _empty_statistics(x), _empty_statistics(x)
 
 
 @_bwd.register_fake
@@ -115,7 +138,7 @@ def _(dy, x, mean, rstd, weight, bias):
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight, bias)
 
@@ -123,7 +146,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy, dmean, drstd):
     saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
     dx, dweight, dbias = _bwd(dy, *saved)
-    return dx, dweight, None if saved[-1] is None else dbias, None
+    return dx, dweight, None if saved[-1] is None else dbias, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup)
@@ -136,10 +159,14 @@ _fwd.register_autograd(_backward, setup_context=_setup)
 def _residual_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _on_cuda("residual_layer_norm", x) and residual.dtype != torch.float64:
-        r = aligned(residual.to(torch.promote_types(x.dtype, residual.dtype)))
+    backend = _backend("residual_layer_norm", x) if residual.dtype != torch.float64 else "reference"
+    r = residual.to(torch.promote_types(x.dtype, residual.dtype))
+    if backend == "cuda":
         parameters = _cuda_parameters(weight, bias, x.dtype)
-        return cuda_kernels().residual_layer_norm_fwd(aligned(x), r, *parameters, eps)
+        return cuda_kernels().residual_layer_norm_fwd(aligned(x), aligned(r), *parameters, eps)
+    if backend == "cpu":
+        parameters = _cpu_parameters(weight, bias)
+        return torch.ops.gptdist_c.residual_layer_norm_fwd(x.contiguous(), r.contiguous(), *parameters, eps)
     s = (x + residual).contiguous()
     y, mean, rstd = _normalise(s, weight, bias, eps)
     return y.to(x.dtype), s, mean, rstd
@@ -155,18 +182,9 @@ def _residual_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if _on_cuda("residual_layer_norm", s):
-        dy = dy if s.dtype == torch.float32 else dy.to(s.dtype)  # kernels take dy in s's dtype or a narrower one
-        dx, dweight, dbias = cuda_kernels().residual_layer_norm_bwd(
-            aligned(dy),
-            aligned(ds.to(s.dtype)),
-            aligned(s),
-            aligned(mean),
-            aligned(rstd),
-            cuda_parameter(weight, dy.dtype),
-            bias is not None,
-        )
-        return dx, *_like_parameters(dweight, dbias, weight, bias)
+    backend = _backend("residual_layer_norm", s)
+    if backend != "reference":
+        return _kernel_gradients(backend, dy, ds, s, mean, rstd, weight, bias)
     dx, dweight, dbias = _gradients(dy, s, mean, rstd, weight, bias)
     return dx.add_(ds).to(s.dtype), dweight, dbias
 
@@ -209,11 +227,20 @@ def _check(op, x, weight, bias):
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Layer norm over the last dimension. x: (..., C). weight, bias: (C,), any floating dtype. Returns x's dtype."""
+    """Layer norm over the last dimension. x: (..., C). weight, bias: (C,), any floating dtype.
+
+    Returns `dtype`, or else x's: what layer_norm(x, ...).to(dtype) gives, for an fp32 x in bf16 without a second pass
+    on a CPU.
+    """
     _check("layer_norm", x, weight, bias)
-    return _fwd(x, weight, bias, eps)[0]
+    return _fwd(x, weight, bias, eps, x.dtype if dtype is None else dtype)[0]
 
 
 def residual_layer_norm(

@@ -1,5 +1,5 @@
-// What CPU kernels are written with: one scalar source, compiled for each instruction set through target attributes.
-// Loads and stores have neither branches nor library calls, so that compilers vectorise the loops around them.
+// What the CPU kernels share: one scalar source, plain C++ without branches or library calls in its loops, that compilers
+// turn into vector code. It is compiled three times through target attributes; the level is chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include "common.h"
 
 #define GPTDIST_INLINE inline __attribute__((always_inline))
+#define GPTDIST_LAMBDA __attribute__((always_inline))
 
 // Before a loop whose turns touch each other's memory nowhere. (__restrict__ does not survive inlining in GCC 12.)
 #ifdef __clang__
@@ -16,6 +17,8 @@
 #define GPTDIST_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// GPTDIST_FOR_EACH_ISA(kernel), after `template <class Args> GPTDIST_INLINE void kernel(const Args&)`, defines
+// kernel_at(args, isa), which runs the kernel compiled for that instruction set.
 #ifdef GPTDIST_X86
 #define GPTDIST_AVX2 __attribute__((target("avx2,fma")))
 #ifdef __clang__
@@ -23,6 +26,17 @@
 #else  // GCC prefers 256-bit vectors unless told
 #define GPTDIST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
 #endif
+#define GPTDIST_FOR_EACH_ISA(kernel)                                                 \
+  template <class Args> GPTDIST_AVX2 void kernel##_avx2(const Args& a) { kernel(a); }     \
+  template <class Args> GPTDIST_AVX512 void kernel##_avx512(const Args& a) { kernel(a); } \
+  template <class Args> void kernel##_at(const Args& a, Isa isa) {                   \
+    if (isa == Isa::kAvx512) return kernel##_avx512(a);                              \
+    if (isa == Isa::kAvx2) return kernel##_avx2(a);                                  \
+    kernel(a);                                                                       \
+  }
+#else
+#define GPTDIST_FOR_EACH_ISA(kernel) \
+  template <class Args> void kernel##_at(const Args& a, Isa) { kernel(a); }
 #endif
 
 namespace gptdist::cpu {
@@ -69,6 +83,31 @@ GPTDIST_INLINE void store(Fp16* p, float value) {
   half = magnitude >= 0x47800000u ? 0x7c00u : half;  // from 65536
   half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
   p->bits = uint16_t(half | (bits >> 16 & 0x8000u));
+}
+
+// A sum over i in [0, n) of term(i) in kLanes partial sums (four AVX-512 registers), then those in pairs: the order that
+// vector code wants, fixed by n alone.
+constexpr int64_t kLanes = 64;
+
+struct Lanes {
+  float sum[kLanes] = {};
+
+  GPTDIST_INLINE float total() {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    }
+    return sum[0];
+  }
+};
+
+// Calls body(i, lane) for i in [0, n), lane = i mod kLanes: a vector loop and a tail.
+template <class Body>
+GPTDIST_INLINE void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) body(i + lane, lane);
+  }
+  for (int64_t lane = 0; lane < n - i; ++lane) body(i + lane, lane);
 }
 
 }  // namespace gptdist::cpu

@@ -1,11 +1,5 @@
 // The CPU ops of the optimizer, on lists of tensors: argument checks and threads. See ops.cpp.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,12 +8,12 @@
 
 #include "cpu/adamw.h"
 #include "cpu/grad_norm.h"
+#include "ops_cpu.h"
 
 namespace {
 
+using namespace gptdist;
 using gptdist::cpu::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 Dtype float_dtype(const char* op, const Tensor& x, const char* list, size_t i) {
@@ -57,7 +51,7 @@ struct Chunks {
   template <class Body>
   void parallel(const Body& body) const {
     if (count() == 0) return;
-    const int64_t grain = std::max<int64_t>(1, gptdist::cpu::kElementsPerThread * count() / elements);
+    const int64_t grain = std::max<int64_t>(1, kElementsPerThread * count() / elements);
     torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
       size_t i = std::upper_bound(first_chunks.begin(), first_chunks.end(), begin) - first_chunks.begin() - 1;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
