@@ -54,20 +54,24 @@ GPTDIST_INLINE float row_maximum(const T* z, int64_t vocabulary) {
   return most[0];
 }
 
-// What exponents are taken from: the maximum, or 0 where that is infinite.
-GPTDIST_INLINE float finite_or_zero(float maximum) { return std::fabs(maximum) < INFINITY ? maximum : 0.0f; }
+GPTDIST_INLINE bool is_infinite(float x) { return std::fabs(x) == INFINITY; }
 
-GPTDIST_INLINE float log_sum_exp(float maximum, float sum) {
-  if (sum != sum) return sum;
-  return std::fabs(maximum) < INFINITY ? maximum + std::log(sum) : maximum;
+// The log-sum-exp of a row with an infinite maximum: that maximum, unless a NaN was passed over.
+template <class T>
+GPTDIST_INLINE float infinite_log_sum_exp(const T* z, float maximum, int64_t vocabulary) {
+  for (int64_t i = 0; i < vocabulary; ++i) {
+    if (std::isnan(load(z + i))) return NAN;
+  }
+  return maximum;
 }
 
 template <class T>
 GPTDIST_INLINE float row_log_sum_exp(const T* z, int64_t vocabulary) {
-  const float maximum = row_maximum(z, vocabulary), from = finite_or_zero(maximum);
+  const float maximum = row_maximum(z, vocabulary);
+  if (is_infinite(maximum)) return infinite_log_sum_exp(z, maximum, vocabulary);
   Lanes lanes;
-  for_lanes(vocabulary, [&](int64_t i, int64_t lane) GPTDIST_LAMBDA { lanes.sum[lane] += fast_exp(load(z + i) - from); });
-  return log_sum_exp(maximum, lanes.total());
+  for_lanes(vocabulary, [&](int64_t i, int64_t lane) GPTDIST_LAMBDA { lanes.sum[lane] += fast_exp(load(z + i) - maximum); });
+  return maximum + std::log(lanes.total());
 }
 
 template <class T>
@@ -115,22 +119,22 @@ GPTDIST_INLINE void backward_rows(const CrossEntropyBackward<T>& a) {
 // Overwrites z with softmax(z) - onehot(target), and returns z's log-sum-exp.
 template <class T>
 GPTDIST_INLINE float gradient_row(T* z, int64_t target, float* __restrict__ e, int64_t vocabulary) {
-  const float maximum = row_maximum(z, vocabulary), from = finite_or_zero(maximum);
-  Lanes lanes;
-  for_lanes(vocabulary, [&](int64_t i, int64_t lane) GPTDIST_LAMBDA {
-    e[i] = fast_exp(load(z + i) - from);
-    lanes.sum[lane] += e[i];
-  });
-  const float sum = lanes.total(), lse = log_sum_exp(maximum, sum);
-  if (!(std::fabs(lse) < INFINITY)) {  // a special row
+  const float maximum = row_maximum(z, vocabulary);
+  if (is_infinite(maximum)) {
+    const float lse = infinite_log_sum_exp(z, maximum, vocabulary);
     gradient_of_row(z, lse, 1.0f, target, z, vocabulary);
     return lse;
   }
-  const float scale = 1.0f / sum;
+  Lanes lanes;
+  for_lanes(vocabulary, [&](int64_t i, int64_t lane) GPTDIST_LAMBDA {
+    e[i] = fast_exp(load(z + i) - maximum);
+    lanes.sum[lane] += e[i];
+  });
+  const float sum = lanes.total(), scale = 1.0f / sum;
   T* __restrict__ dz = z;
   for (int64_t i = 0; i < vocabulary; ++i) store(dz + i, e[i] * scale);
   store(dz + target, e[target] * scale - 1.0f);
-  return lse;
+  return maximum + std::log(sum);
 }
 
 template <class T>
