@@ -61,11 +61,11 @@ class LoRALinear(Linear):
         self.lora_B = nn.Parameter(torch.empty(base.out_features, config.rank, device="meta"))
 
     def product(self, x: Tensor, dropout: Dropout | None) -> Tensor:
-        y = F.linear(x, self.factor())
+        y = F.linear(x, self.factor(x))
         return y + self._adapter(x, dropout) if self.enabled else y
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        y = F.linear(x, self.factor(), self.bias)
+        y = F.linear(x, self.factor(x), self.bias)
         return y + self._adapter(x, dropout) if self.enabled else y
 
     def _adapter(self, x: Tensor, dropout: Dropout | None) -> Tensor:

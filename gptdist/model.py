@@ -54,21 +54,28 @@ class _Shadow(torch.autograd.Function):
         return grad, None
 
 
+def shadowed(weight: Tensor, shadow: Tensor | None, x: Tensor) -> Tensor:
+    """weight, or in its place the shadow, where a product with x has the shadow's dtype."""
+    if shadow is None or not (x.dtype == shadow.dtype or torch.is_autocast_enabled(x.device.type)):
+        return weight
+    return _Shadow.apply(weight, shadow)
+
+
 class Linear(nn.Linear):
     """The matrix product of a block: lora.py puts one with an adapter in its place, which has a dropout of its own."""
 
     shadow: Tensor | None = None  # the weight in the dtype of the products, where a strategy keeps such a copy
 
-    def factor(self) -> Tensor:
-        """The weight for a product; autocast casts it, unless its shadow saves that."""
-        return self.weight if self.shadow is None else _Shadow.apply(self.weight, self.shadow)
+    def factor(self, x: Tensor) -> Tensor:
+        """The weight for a product with x, which autocast casts unless the shadow saves that."""
+        return shadowed(self.weight, self.shadow, x)
 
     def product(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """x (B, T, in), all positions -> (B, T, out), without the bias."""
-        return F.linear(x, self.factor())
+        return F.linear(x, self.factor(x))
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        return F.linear(x, self.factor(), self.bias)
+        return F.linear(x, self.factor(x), self.bias)
 
 
 class Whole:
@@ -101,9 +108,10 @@ class Whole:
         return x
 
     def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int,
-                             ignore_index: int) -> Tensor:
+                             ignore_index: int, shadow: Tensor | None = None) -> Tensor:
         """As ops.linear_cross_entropy, for this process's rows of `weight`."""
-        return ops.linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, ignore_index=ignore_index)
+        return ops.linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, ignore_index=ignore_index,
+                                        shadow=shadow)
 
 
 class Cache(Protocol):
@@ -279,6 +287,8 @@ class LanguageModel(GPT):
     def head_weight(self) -> Tensor:
         return self.wte.weight if self.head is None else self.head.weight
 
+    head_shadow: Tensor | None = None  # see Linear.shadow
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *, dropout: Dropout | None = None,
                 doc_start: Tensor | None = None, restart_positions: bool = False, cache: Cache | None = None,
                 at: Tensor | None = None) -> Tensor:
@@ -291,15 +301,18 @@ class LanguageModel(GPT):
         if targets is None:
             return self.logits(hidden[torch.arange(len(at), device=at.device), at])
         hidden = self._compute_dtype(hidden)
+        shadow = self.head_shadow
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
-            vocab_size=self.config.vocab_size, ignore_index=IGNORE)
+            vocab_size=self.config.vocab_size, ignore_index=IGNORE,
+            shadow=shadow if shadow is not None and shadow.dtype == hidden.dtype else None)
         return losses.view_as(targets).clone()  # FSDP's hooks want an output that is not a view
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) fp32."""
         hidden = self._compute_dtype(hidden)
-        return F.linear(hidden, self.head_weight)[..., :self.config.vocab_size].float()
+        weight = shadowed(self.head_weight, self.head_shadow, hidden)
+        return F.linear(hidden, weight)[..., :self.config.vocab_size].float()
 
     @staticmethod
     def _compute_dtype(x: Tensor) -> Tensor:

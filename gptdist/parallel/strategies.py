@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
-from gptdist.model import Linear
+from gptdist.model import LanguageModel, Linear
 from gptdist.optim.adamw import AdamW, local, slots
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
@@ -71,8 +71,13 @@ class Strategy:
             return
         for module in self.model.modules():
             if isinstance(module, Linear):
-                module.shadow = torch.empty_like(module.weight, dtype=torch.bfloat16)
-                self.shadows[module.weight] = module.shadow
+                module.shadow = self._new_shadow(module.weight)
+        if isinstance(self.model, LanguageModel):
+            self.model.head_shadow = self._new_shadow(self.model.head_weight)
+
+    def _new_shadow(self, weight: nn.Parameter) -> Tensor:
+        self.shadows[weight] = torch.empty_like(weight, dtype=torch.bfloat16)
+        return self.shadows[weight]
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

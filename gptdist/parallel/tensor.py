@@ -111,7 +111,8 @@ class TensorParallel(Whole):
         return _CountOnce.apply(x, self.size)
 
     def linear_cross_entropy(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int,
-                             ignore_index: int) -> Tensor:
+                             ignore_index: int, shadow: Tensor | None = None) -> Tensor:
+        assert shadow is None, "FSDP casts what it gathers"
         lse, picked = ops.linear_logsumexp(hidden, weight, targets, first=self.rank * weight.shape[0],
                                            vocab_size=vocab_size, ignore_index=ignore_index)
         return _JoinVocabulary.apply(lse, picked, self.group).masked_fill(targets == ignore_index, 0.0)
