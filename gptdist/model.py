@@ -122,7 +122,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        """norm(x), of the dtype of the matrix product that it feeds: custom ops are not autocast."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) in one pass over memory."""
@@ -272,7 +275,6 @@ class LanguageModel(GPT):
                              cache=cache)
         if targets is None:
             return self.logits(hidden[torch.arange(len(at), device=at.device), at])
-        hidden = self._compute_dtype(hidden)
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE)
@@ -280,14 +282,7 @@ class LanguageModel(GPT):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) fp32."""
-        hidden = self._compute_dtype(hidden)
         return F.linear(hidden, self.head_weight)[..., :self.config.vocab_size].float()
-
-    @staticmethod
-    def _compute_dtype(x: Tensor) -> Tensor:
-        """Custom ops are not autocast: the head's input is cast by hand."""
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Classifier(GPT):
