@@ -148,7 +148,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        """norm(x), of the dtype of the matrix product that it feeds: custom ops are not autocast."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) in one pass over memory."""
@@ -300,8 +303,11 @@ class LanguageModel(GPT):
                              cache=cache)
         if targets is None:
             return self.logits(hidden[torch.arange(len(at), device=at.device), at])
+<<<<<<< HEAD
         hidden = self._compute_dtype(hidden)
         shadow = self.head_shadow
+=======
+>>>>>>> cpu-norm-ce
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE,
@@ -310,15 +316,13 @@ class LanguageModel(GPT):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) fp32."""
+<<<<<<< HEAD
         hidden = self._compute_dtype(hidden)
         weight = shadowed(self.head_weight, self.head_shadow, hidden)
         return F.linear(hidden, weight)[..., :self.config.vocab_size].float()
-
-    @staticmethod
-    def _compute_dtype(x: Tensor) -> Tensor:
-        """Custom ops are not autocast: the head's input is cast by hand."""
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+=======
+        return F.linear(hidden, self.head_weight)[..., :self.config.vocab_size].float()
+>>>>>>> cpu-norm-ce
 
 
 class Classifier(GPT):
