@@ -3,11 +3,16 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "cuda/kernels.h"
 
@@ -49,6 +54,19 @@ class DeviceScope {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// Host memory for `words` int64, from which upload() copies: pinned, so that the copy is queued as a kernel is.
+inline torch::stable::Tensor host_table(int64_t words) {
+  return torch::stable::empty({words}, torch::headeronly::ScalarType::Long, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU), /*pin_memory=*/true);
+}
+
+// The table on the device of `like`, from here on in the order of its current stream. The host does not wait.
+inline torch::stable::Tensor upload(const torch::stable::Tensor& table, const torch::stable::Tensor& like) {
+  torch::stable::Tensor copy =
+      torch::stable::new_empty(like, {table.numel()}, torch::headeronly::ScalarType::Long);
+  return torch::stable::copy_(copy, table, /*non_blocking=*/true);
+}
 
 // What a kernel may touch: only the test device wants to know.
 inline void note_access(const void*, int64_t, bool, const char*) {}

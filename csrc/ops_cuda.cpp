@@ -13,9 +13,11 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #ifdef GPTDIST_TEST_DEVICE
 #include "ptxvm/test_device.h"
@@ -137,6 +139,10 @@ class Call {
     return static_cast<const int32_t*>(read(t, name));
   }
 
+  // From a multiple of the element's size, not of kAlignment.
+  const void* read_unaligned(const Tensor& t, const char* name) const { return unaligned(t, name, false); }
+  void* write_unaligned(const Tensor& t, const char* name) const { return unaligned(t, name, true); }
+
   // (rows, columns) whose rows may lie apart; see row_stride.
   const void* read_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, false); }
   void* write_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, true); }
@@ -149,7 +155,13 @@ class Call {
   void* checked(const Tensor& t, const char* name, bool writable) const {
     check_place(t, name);
     STD_TORCH_CHECK(t.is_contiguous(), op_, ": ", name, " is not contiguous, expected rows one after the other: copy it");
-    return pointer(t, name, t.numel(), writable);
+    return pointer(t, name, t.numel(), writable, kAlignment);
+  }
+
+  void* unaligned(const Tensor& t, const char* name, bool writable) const {
+    check_place(t, name);
+    STD_TORCH_CHECK(t.is_contiguous(), op_, ": ", name, " is not contiguous: copy it");
+    return pointer(t, name, t.numel(), writable, int64_t(t.element_size()));
   }
 
   void* checked_rows(const Tensor& t, const char* name, bool writable) const {
@@ -157,7 +169,7 @@ class Call {
     const int64_t rows = t.size(0), columns = t.size(1);
     STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, op_, ": ", name, " has rows that are not contiguous: copy it");
     STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, op_, ": ", name, " has rows that overlap: copy it");
-    return pointer(t, name, rows == 0 ? 0 : (rows - 1) * t.stride(0) + columns, writable);
+    return pointer(t, name, rows == 0 ? 0 : (rows - 1) * t.stride(0) + columns, writable, kAlignment);
   }
 
   void check_place(const Tensor& t, const char* name) const {
@@ -165,10 +177,10 @@ class Call {
                     device_name(t), ", expected ", device_name(x_));
   }
 
-  void* pointer(const Tensor& t, const char* name, int64_t elements, bool writable) const {
+  void* pointer(const Tensor& t, const char* name, int64_t elements, bool writable, int64_t alignment) const {
     void* data = t.data_ptr();
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, op_, ": ", name,
-                    " does not start at a multiple of ", kAlignment, " bytes: copy it");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % alignment == 0, op_, ": ", name,
+                    " does not start at a multiple of ", alignment, " bytes: copy it");
     if (elements > 0) note_access(data, elements * int64_t(t.element_size()), writable, name);
     return data;
   }
@@ -524,6 +536,141 @@ Tensor attention_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out, c
   return dqkv;
 }
 
+// lists of tensors
+
+using Tensors = std::vector<Tensor>;
+
+// A list of an op's tensors and their names in errors: "params[3]".
+class NamedList {
+ public:
+  NamedList(const Tensors& tensors, const char* name) : tensors_(tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) names_.push_back(std::string(name) + "[" + std::to_string(i) + "]");
+  }
+  size_t size() const { return tensors_.size(); }
+  const Tensor& operator[](size_t i) const { return tensors_[i]; }
+  const char* name(size_t i) const { return names_[i].c_str(); }  // lives as long as the list
+
+ private:
+  const Tensors& tensors_;
+  std::vector<std::string> names_;
+};
+
+// Where a list's table lies on the device: see kernels.h.
+template <class Entry>
+struct Table {
+  Tensor memory;
+  const int64_t* first_chunks;
+  const Entry* entries;
+  int64_t chunks;
+  int32_t count;
+};
+
+template <class Entry>
+Table<Entry> upload_table(const Call& call, const Tensor& like, const std::vector<Entry>& entries, int64_t chunk) {
+  static_assert(sizeof(Entry) % sizeof(int64_t) == 0, "entries begin after a number of int64");
+  const int64_t count = int64_t(entries.size()), entry_words = int64_t(sizeof(Entry) / sizeof(int64_t));
+  Tensor host = host_table(count * (1 + entry_words));
+  int64_t* words = static_cast<int64_t*>(host.data_ptr());
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    words[i] = chunks;
+    chunks += (entries[i].elements + chunk - 1) / chunk;
+  }
+  std::memcpy(words + count, entries.data(), count * sizeof(Entry));
+  Tensor memory = upload(host, like);
+  const int64_t* first_chunks = call.read_int64(memory, "table");
+  return {memory, first_chunks, reinterpret_cast<const Entry*>(first_chunks + count), chunks, int32_t(count)};
+}
+
+// adamw_
+
+// Pointers and dtypes of tensor i, checked.
+cuda::AdamWTensor adamw_tensor(const Call& call, const NamedList& params, const NamedList& grads, const NamedList& exp_avg,
+                               const NamedList& exp_avg_sq, const NamedList& shadows, size_t i) {
+  const auto same_elements = [&](const NamedList& list) {
+    call.elements(list[i], list.name(i), params[i].numel(), params.name(i));
+    return list[i];
+  };
+  const auto write_fp32 = [&](const NamedList& list) {
+    call.dtype(same_elements(list), list.name(i), ScalarType::Float, "float32");
+    return static_cast<float*>(call.write_unaligned(list[i], list.name(i)));
+  };
+  cuda::AdamWTensor t{};
+  t.param = write_fp32(params);
+  t.exp_avg = write_fp32(exp_avg);
+  t.exp_avg_sq = write_fp32(exp_avg_sq);
+  t.grad_dtype = call.float_dtype(same_elements(grads), grads.name(i));
+  t.grad = call.read_unaligned(grads[i], grads.name(i));
+  t.elements = params[i].numel();
+  if (shadows.size() == 0) return t;
+  t.shadow_dtype = call.float_dtype(same_elements(shadows), shadows.name(i));
+  STD_TORCH_CHECK(t.shadow_dtype != Dtype::kFp32, "adamw_: ", shadows.name(i), " is float32, expected bfloat16 or float16");
+  t.shadow = call.write_unaligned(shadows[i], shadows.name(i));
+  return t;
+}
+
+void adamw_(Tensors param_list, Tensors grad_list, Tensors exp_avg_list, Tensors exp_avg_sq_list, Tensors shadow_list,
+            std::optional<Tensor> grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
+            int64_t step) {
+  if (param_list.empty()) return;
+  const Call call("adamw_", param_list[0]);
+  const NamedList params(param_list, "params"), grads(grad_list, "grads"), exp_avg(exp_avg_list, "exp_avg"),
+      exp_avg_sq(exp_avg_sq_list, "exp_avg_sq"), shadows(shadow_list, "shadows");
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
+                      (shadows.size() == count || shadows.size() == 0),
+                  "adamw_: got ", grads.size(), " grads, ", exp_avg.size(), " exp_avg, ", exp_avg_sq.size(),
+                  " exp_avg_sq and ", shadows.size(), " shadows, expected ", count, " of each (or no shadows)");
+  STD_TORCH_CHECK(step >= 1, "adamw_: step is ", step, ", expected at least 1");
+  std::vector<cuda::AdamWTensor> entries;
+  for (size_t i = 0; i < count; ++i) {
+    const cuda::AdamWTensor t = adamw_tensor(call, params, grads, exp_avg, exp_avg_sq, shadows, i);
+    if (t.elements > 0) entries.push_back(t);
+  }
+  cuda::AdamW args{};
+  if (grad_scale) {
+    call.elements(*grad_scale, "grad_scale", 1, "one");
+    call.dtype(*grad_scale, "grad_scale", ScalarType::Float, "float32");
+    args.grad_scale = static_cast<const float*>(call.read_unaligned(*grad_scale, "grad_scale"));
+  }
+  if (entries.empty()) return;
+  const Table table = upload_table(call, params[0], entries, cuda::kAdamWChunk);
+  args.first_chunks = table.first_chunks;
+  args.tensors = table.entries;
+  args.chunks = table.chunks;
+  args.count = table.count;
+  args.scalars = adamw_scalars(lr, beta1, beta2, eps, weight_decay, step);
+  call.launched(cuda::adamw(args, call.stream()));
+}
+
+// grad_norm
+
+Tensor grad_norm(Tensors list) {
+  STD_TORCH_CHECK(!list.empty(), "grad_norm: the list is empty, expected a tensor at least");
+  const Call call("grad_norm", list[0]);
+  const NamedList tensors(list, "tensors");
+  std::vector<cuda::NormTensor> entries;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Dtype dtype = call.float_dtype(tensors[i], tensors.name(i));
+    const void* x = call.read_unaligned(tensors[i], tensors.name(i));
+    if (tensors[i].numel() > 0) entries.push_back({x, tensors[i].numel(), dtype});
+  }
+  if (entries.empty()) return torch::stable::new_zeros(tensors[0], {}, ScalarType::Float);
+
+  const Table table = upload_table(call, tensors[0], entries, cuda::kNormChunk);
+  Tensor partials = torch::stable::new_empty(tensors[0], {table.chunks}, ScalarType::Double);
+  Tensor norm = new_fp32(tensors[0], {});
+  cuda::GradNorm args{};
+  args.first_chunks = table.first_chunks;
+  args.tensors = table.entries;
+  args.chunks = table.chunks;
+  args.count = table.count;
+  args.partials = static_cast<double*>(call.write(partials, "partials"));
+  args.norm = call.write_fp32(norm, "norm");
+  call.launched(cuda::grad_norm(args, call.stream()));
+  return norm;
+}
+
 std::tuple<int64_t, int64_t> cuda_versions() {
   int runtime = 0, driver = 0;
   if (cudaRuntimeGetVersion(&runtime) != 0) runtime = 0;
@@ -546,6 +693,8 @@ GPTDIST_CUDA_LIBRARY(m) {
   m.impl("dropout", TORCH_BOX(&dropout));
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  m.impl("adamw_", TORCH_BOX(&adamw_));
+  m.impl("grad_norm", TORCH_BOX(&grad_norm));
 }
 
 GPTDIST_ANY_LIBRARY(m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }

@@ -3,12 +3,14 @@
 The tensors' memory is never touched but at their ends, so they cost next to nothing.
 """
 
+import ctypes
+
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
 from gptdist import ops
-from tests import cuda_vm
+from tests import adamw_cases, cuda_vm
 
 VM = torch.ops.gptdist_vm
 WIDTH = 4096
@@ -76,3 +78,50 @@ def test_dropout(device):
         y = VM.dropout(x, 0.5, key, ids, 3, 0)
     expected = ops.dropout(last.double()[None], 0.5, key=key, sample_ids=ids, site=3, row_offset=ROWS - 1)
     close(y[0, -1, -256:], expected[0, 0, -256:])
+
+
+# Lists: a tensor of more than 2^31 elements, of which the last are used, and a small one after it.
+
+LAST, ELEMENTS = 100, ROWS * WIDTH + 100
+
+
+def huge_list(last: torch.Tensor, small: torch.Tensor) -> list[torch.Tensor]:
+    x = torch.empty(ELEMENTS, dtype=last.dtype)
+    x[-LAST:] = last
+    return [x, small]
+
+
+def list_blocks(chunk: int) -> tuple[int, int]:
+    """The huge tensor's last block and the small one's."""
+    return ELEMENTS // chunk, ELEMENTS // chunk + 2
+
+
+def test_adamw(device):
+    before = adamw_cases.make([(LAST,), (7,)], (BF16, torch.float32))
+    lists = [before.params, before.grads, before.exp_avg, before.exp_avg_sq]
+    huge_lists = [huge_list(*[t.clone() for t in tensors]) for tensors in lists]
+    case = adamw_cases.Case(*huge_lists, None, before.grad_scale, before.options)
+    with device.run(blocks=list_blocks(8192)) as log:
+        case.run()
+    assert log.launches[0].grid[0] == list_blocks(8192)[1]
+    after = [[x[-LAST:], small] for x, small in huge_lists]
+    adamw_cases.check(before, adamw_cases.Case(*after, None, before.grad_scale, before.options))
+
+
+def test_grad_norm(device, monkeypatch):
+    """The sums of the last two chunks: the kernel that adds them would need all the others."""
+    tensors = huge_list(torch.randn(LAST).to(BF16), torch.randn(7))
+    execute, found = device._execute, []
+
+    def intercepted(name, grid, block, shared_bytes, argument, *options):
+        if "fold" in name:
+            partials, count = (ctypes.c_uint64 * 5).from_address(argument)[2], list_blocks(16384)[1]
+            found.extend((ctypes.c_double * count).from_address(partials)[-2:])
+            return cuda_vm.Launch(name, grid, block, shared_bytes, b"", {})
+        return execute(name, grid, block, shared_bytes, argument, *options)
+
+    monkeypatch.setattr(device, "_execute", intercepted)
+    with device.run(blocks=list_blocks(16384)):
+        VM.grad_norm(tensors)
+    exact = [tensors[0][-LAST:].double().square().sum().item(), tensors[1].double().square().sum().item()]
+    assert found == pytest.approx(exact, rel=1e-6)

@@ -83,7 +83,37 @@ def drop(x=X3, p=0.1, key=KEY, ids=IDS, site=0, row_offset=0):
     return VM.dropout(x, p, key, ids, site, row_offset)
 
 
+def adamw(params=None, grads=None, exp_avg=None, exp_avg_sq=None, shadows=(), grad_scale=None, step=1):
+    """A step of two tensors; a list that is given follows the first tensor."""
+    lists = [[torch.ones(3), *(torch.ones(4) if given is None else given for given in [last])]
+             for last in (params, grads, exp_avg, exp_avg_sq)]
+    return VM.adamw_(*lists, list(shadows), grad_scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, step)
+
+
+def grad_norm(tensors):
+    return VM.grad_norm(tensors)
+
+
+LIST_REFUSED = [
+    (adamw, {"params": torch.ones(4).double()}, "adamw_: params[1] is float64, expected float32"),
+    (adamw, {"params": torch.ones(4, device="meta")}, f"adamw_: params[1] is on {ELSEWHERE}"),
+    (adamw, {"grads": torch.ones(4).double()}, "adamw_: grads[1] is float64, expected float32, bfloat16 or float16"),
+    (adamw, {"grads": torch.ones(8)[::2]}, "adamw_: grads[1] is not contiguous"),
+    (adamw, {"exp_avg": torch.ones(5)}, "adamw_: exp_avg[1] has 5 elements, expected params[1]=4"),
+    (adamw, {"exp_avg_sq": torch.ones(4).half()}, "adamw_: exp_avg_sq[1] is float16, expected float32"),
+    (adamw, {"shadows": [ROW.half()]}, "adamw_: got 2 grads, 2 exp_avg, 2 exp_avg_sq and 1 shadows, expected 2 of each"),
+    (adamw, {"shadows": [torch.ones(3).half(), ROW]}, "adamw_: shadows[1] is float32, expected bfloat16 or float16"),
+    (adamw, {"grad_scale": ROW}, "adamw_: grad_scale has 4 elements, expected one=1"),
+    (adamw, {"grad_scale": torch.ones(1).double()}, "adamw_: grad_scale is float64, expected float32"),
+    (adamw, {"step": 0}, "adamw_: step is 0, expected at least 1"),
+    (grad_norm, {"tensors": []}, "grad_norm: the list is empty"),
+    (grad_norm, {"tensors": [ROW, ROW.double()]}, "grad_norm: tensors[1] is float64, expected float32, bfloat16 or float16"),
+    (grad_norm, {"tensors": [ROW, ROW.to("meta")]}, f"grad_norm: tensors[1] is on {ELSEWHERE}"),
+    (grad_norm, {"tensors": [X.t()]}, "grad_norm: tensors[0] is not contiguous"),
+]
+
 REFUSED = [
+    *LIST_REFUSED,
     (norm, {"x": STRIDED}, "layer_norm: x is not contiguous"),
     (norm, {"x": MISALIGNED}, "layer_norm: x does not start at a multiple of 16 bytes"),
     (norm, {"x": X.double()}, "layer_norm: x is float64, expected float32, bfloat16 or float16"),
@@ -210,6 +240,26 @@ def test_dropout_launches_are_those_of_the_plan(device, channels):
         drop(x)
     (launch,) = log.launches
     assert launch.follows(device.plan("dropout", x.dtype, 5, channels, batch=2))
+
+
+@pytest.mark.parametrize("size", [1, 8192, 8193, 16385])
+def test_launches_of_lists_are_those_of_the_plan(device, size):
+    x = torch.ones(size)
+    with device.run() as log:
+        VM.adamw_([x], [x.half()], [x.clone()], [x.clone()], [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+        VM.grad_norm([x])
+    plans = [device.plan(name, x.dtype, 1, size) for name in ("adamw", "grad_norm", "grad_norm_fold")]
+    assert len(log.launches) == len(plans)
+    assert all(launch.follows(plan) for launch, plan in zip(log.launches, plans, strict=True))
+
+
+def test_lists_without_elements_launch_nothing(device):
+    none = torch.ones(0)
+    with device.run() as log:
+        VM.adamw_([], [], [], [], [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+        VM.adamw_([none], [none], [none.clone()], [none.clone()], [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+        assert VM.grad_norm([none, none]).item() == 0.0
+    assert log.launches == []
 
 
 def test_no_bias_gradient_no_fold(device):
@@ -368,6 +418,8 @@ OPCHECKS = {
     "linear_cross_entropy_fwd": (X, randn(9, 64), TARGETS, 8, -100),
     "linear_cross_entropy_bwd": (ROW, X, randn(9, 64), TARGETS, ROW, 8, -100, True, True),
     "dropout": (X3, 0.2, KEY, IDS, 1, 0),
+    "adamw_": ([X], [X + 1], [X + 2], [X.abs()], [X.half()], torch.tensor(0.5), 1e-3, 0.9, 0.95, 1e-8, 0.1, 2),
+    "grad_norm": ([X, X.half()],),
 }
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gptdist import ops
-from tests import cuda_vm, mutants
+from tests import adamw_cases, cuda_vm, mutants
 from tests.mutants import CUDA, Kernel
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor, what: str, scale: float = 1.0) -> None:
@@ -99,6 +99,33 @@ def dropout_case(run: Callable, batch: int, positions: int, channels: int, dtype
     close(y, ops.dropout(x.double(), 0.37, **options), "y")
 
 
+def adamw_case(run: Callable, shapes: list, grads: tuple, shadows: tuple, offset: int = 0) -> None:
+    case = adamw_cases.make(shapes, grads, shadows, offset=offset, eps=1e-2)  # an eps that counts
+    after = case.clone()
+    with run():
+        after.run()
+    adamw_cases.check(case, after)
+
+
+def misaligned_case(run: Callable, name: str) -> None:
+    """One list of adamw_ is not aligned to its vectors."""
+    case = adamw_cases.make([(70,)], (FP32,), (BF16,))
+    getattr(case, name)[0] = getattr(adamw_cases.make([(70,)], (FP32,), (BF16,), offset=1), name)[0]
+    after = case.clone()
+    with run():
+        after.run()
+    adamw_cases.check(case, after)
+
+
+def grad_norm_case(run: Callable, shapes: list, dtypes: tuple = (FP32,), offset: int = 0) -> None:
+    tensors = [adamw_cases.placed(shape, dtypes[i % len(dtypes)], offset).copy_(numbers(*shape, seed=i))
+               for i, shape in enumerate(shapes)]
+    with run():
+        norm = ops.grad_norm(tensors)
+    wanted = sum(x.double().square().sum() for x in tensors).sqrt()
+    assert abs(norm.double() / wanted - 1) < 2e-7, "values of norm"
+
+
 @dataclass(frozen=True)
 class Family:
     """A source file: `headers` that are changed with it, the kernels that mutants are made of, the cases (a case runs
@@ -140,6 +167,21 @@ FAMILIES = {
         ("dropout_kernel<Bf16, kDropoutVectors>", "dropout_kernel<float, kDropoutElements>"),
         (partial(dropout_case, batch=2, positions=63, channels=264, dtype=BF16),
          partial(dropout_case, batch=2, positions=63, channels=133, dtype=FP32))),
+    "adamw": Family(
+        ("tensor_list.cuh",),
+        ("adamw_kernel",),
+        (partial(adamw_case, shapes=[(1030,), (3,)], grads=(BF16, FP32), shadows=(FP16, BF16)),
+         partial(adamw_case, shapes=[(257,), (7,)], grads=(BF16, FP32), shadows=(), offset=1),
+         partial(adamw_case, shapes=[(1030,), (8201,)], grads=(FP16, BF16), shadows=(BF16, FP16)),
+         *(partial(misaligned_case, name=name) for name in ("params", "grads", "exp_avg", "exp_avg_sq", "shadows")),
+         partial(adamw_case, shapes=[(i % 3 + 1,) for i in range(520)], grads=(FP32,), shadows=(BF16,)))),
+    "grad_norm": Family(
+        ("tensor_list.cuh", "reduce.cuh"),
+        ("grad_norm_kernel", "grad_norm_fold_kernel"),
+        (partial(grad_norm_case, shapes=[(4099,), (3,), (530,)]),
+         partial(grad_norm_case, shapes=[(9, 131), (16401,), (5,)], dtypes=(FP16, BF16, FP32), offset=1),
+         partial(grad_norm_case, shapes=[(16401,), (8197,), (300,)], dtypes=(BF16, FP16)),
+         partial(grad_norm_case, shapes=[(i % 3 + 1,) for i in range(1100)]))),
 }
 
 # Changed lines that compute the same, and why: such a mutant is not counted, and fails if it is caught after all.
@@ -155,6 +197,7 @@ EQUIVALENT = {
         "its body is guarded again",
     "for (int64_t row = first_row; inside && row <= args.rows; row += kRows * row_step, offset += kRows * step) {":
         "its body is guarded again",
+    "for (int32_t first = 0; first <= count; first += blockDim.x) {": "its body is guarded again",
 }
 
 

@@ -13,6 +13,15 @@ def randn(*shape, grad=True, dtype=torch.float32):
     return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
 
 
+def adamw_step(param, grad):
+    """New values of a copy of param, and its shadow."""
+    param, shadow = param.clone(), param.bfloat16()
+    moments = [torch.zeros_like(param) for _ in range(2)]
+    ops.adamw_([param], [grad], [moments[0]], [moments[1]], shadows=[shadow], lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
+               weight_decay=0.1, step=1)
+    return param, shadow
+
+
 def cases(B=2, dtype=torch.float32):
     """name -> (public function of tensors, its tensors). B = 0 gives empty batches."""
     ids = torch.arange(B)
@@ -50,6 +59,7 @@ def cases(B=2, dtype=torch.float32):
         "dropout": (lambda a: ops.dropout(a, 0.2, **mask), (x,)),
         "rope": (lambda a: ops.rope(a, cos, sin), (qkv,)),
         "grad_norm": (lambda a, b: ops.grad_norm([a, b]), (randn(3, 4, grad=False), randn(5, grad=False))),
+        "adamw_": (adamw_step, tuple(randn(3, 4, grad=False) for _ in range(2))),
         "decode_attention": (
             lambda q: ops.decode_attention(q, cache, cache, table, torch.full((B,), 2)),
             (randn(B, 1, H, G, D, grad=False, dtype=dtype),),
@@ -64,6 +74,7 @@ X, R, W, BIAS = randn(2, 5, 6), randn(2, 5, 6), randn(6), randn(6)
 IDS, TARGETS = torch.arange(2), torch.tensor([1, 2, -100, 4])
 STATISTIC = torch.rand(2, 5) + 0.5
 LSE = torch.rand(2, 2, 2, 5) + 3
+ADAMW_LISTS = tuple([randn(3, 4, grad=False).abs() + i] for i in range(4))
 OPCHECKS = {
     "attention_fwd": (QKV, None, 0.0, None, None, 0, 0),
     "attention_fwd dropout": (QKV, torch.zeros(2, 5, dtype=torch.int32), 0.2, KEY, IDS, 1, 0),
@@ -103,6 +114,8 @@ OPCHECKS = {
     "dropout": (X, 0.2, KEY, IDS, 1, 0),
     "rope": (QKV, *ops.rope_tables(torch.arange(5), 4), False),
     "grad_norm": ([randn(3, 4, grad=False), randn(5, grad=False)],),
+    "adamw_": (*ADAMW_LISTS, [randn(3, 4, grad=False, dtype=torch.bfloat16)], torch.tensor(0.5), 1e-3, 0.9, 0.95, 1e-8, 0.1, 2),
+    "adamw_ without shadows": (*ADAMW_LISTS, [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
 }
 # The backward ops have no backward of their own, and are checked on tensors that need no gradient.
 NO_GRAD = ("_bwd",)

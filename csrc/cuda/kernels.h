@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../adamw_scalars.h"
+
 namespace gptdist::cuda {
 
 using Stream = void*;        // cudaStream_t
@@ -175,5 +177,48 @@ struct AttentionBackward {
   AttentionDropout dropout;
 };
 Error attention_backward(const AttentionBackward& args, Stream stream);
+
+// adamw.cu and grad_norm.cu walk a list of tensors in one launch. Its table is in device memory: an entry for each tensor,
+// and the number of the chunk (a block's share of a tensor) that it begins with. No entry is empty, so these numbers
+// ascend. Tensors are contiguous; where one is not aligned to its vectors, its elements are moved one by one.
+
+constexpr int64_t kAdamWChunk = 8192, kNormChunk = 16384;  // elements; a tensor's last chunk may have fewer
+
+struct AdamWTensor {
+  float* param;        // [elements], stepped in place
+  float* exp_avg;      // [elements], updated in place
+  float* exp_avg_sq;   // [elements], updated in place
+  const void* grad;    // [elements] of grad_dtype
+  void* shadow;        // [elements] of shadow_dtype, overwritten with the new params; or nullptr
+  int64_t elements;
+  Dtype grad_dtype;
+  Dtype shadow_dtype;  // bf16 or fp16 (ignored where shadow is nullptr)
+};
+
+struct AdamW {
+  const int64_t* first_chunks;  // [count]
+  const AdamWTensor* tensors;   // [count]
+  const float* grad_scale;      // [1], multiplied into the gradients; or nullptr
+  int64_t chunks;
+  int32_t count;
+  AdamWScalars scalars;
+};
+Error adamw(const AdamW& args, Stream stream);
+
+struct NormTensor {
+  const void* x;  // [elements] of dtype
+  int64_t elements;
+  Dtype dtype;
+};
+
+struct GradNorm {
+  const int64_t* first_chunks;  // [count]
+  const NormTensor* tensors;    // [count]
+  double* partials;             // [chunks] scratch: sums of squares
+  float* norm;                  // [1], overwritten
+  int64_t chunks;
+  int32_t count;
+};
+Error grad_norm(const GradNorm& args, Stream stream);
 
 }  // namespace gptdist::cuda

@@ -238,4 +238,22 @@ inline LaunchPlan plan_attention_dq(const AttentionBackward& args) {
           uint32_t((2 * tile.queries + 4 * tile.keys) * args.head_dim * 2)};
 }
 
+// adamw.cu and grad_norm.cu: a block for each chunk
+
+constexpr int32_t kAdamWThreads = 256, kNormThreads = 256, kNormFoldThreads = 1024;
+constexpr int32_t kAdamWBlocks = 4;  // on a multiprocessor: 64 registers a thread
+constexpr int32_t kNormVectors = 4;  // of 16 bytes: 16 KB a block
+
+inline LaunchPlan plan_adamw(const AdamW& args) {
+  return {"adamw_kernel", 0, {grid_of(args.chunks), 1, 1}, {kAdamWThreads, 1, 1}, 0};
+}
+
+inline LaunchPlan plan_grad_norm(const GradNorm& args) {
+  return {"grad_norm_kernel", 0, {grid_of(args.chunks), 1, 1}, {kNormThreads, 1, 1}, 0};
+}
+
+inline LaunchPlan plan_grad_norm_fold(const GradNorm&) {
+  return {"grad_norm_fold_kernel", 0, {1, 1, 1}, {kNormFoldThreads, 1, 1}, 0};
+}
+
 }  // namespace gptdist::cuda

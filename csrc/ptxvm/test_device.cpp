@@ -48,10 +48,19 @@ Args shaped_attention(Dtype dtype, int64_t heads, int64_t positions, int32_t hea
   return args;
 }
 
+// One tensor of `elements`.
+template <class Args>
+Args shaped_list(int64_t elements, int64_t chunk) {
+  Args args{};
+  args.count = 1;
+  args.chunks = ceil_div(elements, chunk);
+  return args;
+}
+
 }  // namespace
 
 // launch_plan.h for tests: the plan of the launcher `name` for batch * rows rows of `width` elements; of attention, for
-// batch heads of `rows` positions, D = width. Returns 0 if known.
+// batch heads of `rows` positions, D = width; of adamw and grad_norm, for one tensor. Returns 0 if known.
 extern "C" __attribute__((visibility("default"))) int gptdist_vm_plan(const char* name, int32_t dtype_number,
                                                                       int64_t batch, int64_t rows, int32_t width,
                                                                       LaunchPlan* plan) {
@@ -80,6 +89,12 @@ extern "C" __attribute__((visibility("default"))) int gptdist_vm_plan(const char
     *plan = plan_attention_dkv(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
   else if (launcher == "attention_dq")
     *plan = plan_attention_dq(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
+  else if (launcher == "adamw")
+    *plan = plan_adamw(shaped_list<AdamW>(all * width, kAdamWChunk));
+  else if (launcher == "grad_norm")
+    *plan = plan_grad_norm(shaped_list<GradNorm>(all * width, kNormChunk));
+  else if (launcher == "grad_norm_fold")
+    *plan = plan_grad_norm_fold(shaped_list<GradNorm>(all * width, kNormChunk));
   else if (launcher == "fold_partials")  // rows: how many sums of `width` elements
     *plan = plan_fold_partials(int32_t(all), width);
   else

@@ -8,7 +8,8 @@ namespace gptdist::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <class Sum>  // float or double
+__device__ __forceinline__ Sum warp_sum(Sum x) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
@@ -26,7 +27,7 @@ __device__ __forceinline__ float warp_max(float x) {  // ignores NaN
 
 // The sum over a block of up to 32 whole warps, the same bits in all its threads. `scratch` has 32 elements and must
 // not be in use by an earlier reduction that a thread may still be reading.
-template <class Sum>  // float or float2
+template <class Sum>  // float, float2 or double
 __device__ __forceinline__ Sum block_sum(Sum x, Sum* scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   x = warp_sum(x);
