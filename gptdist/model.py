@@ -303,11 +303,7 @@ class LanguageModel(GPT):
                              cache=cache)
         if targets is None:
             return self.logits(hidden[torch.arange(len(at), device=at.device), at])
-<<<<<<< HEAD
-        hidden = self._compute_dtype(hidden)
         shadow = self.head_shadow
-=======
->>>>>>> cpu-norm-ce
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE,
@@ -316,13 +312,8 @@ class LanguageModel(GPT):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) fp32."""
-<<<<<<< HEAD
-        hidden = self._compute_dtype(hidden)
         weight = shadowed(self.head_weight, self.head_shadow, hidden)
         return F.linear(hidden, weight)[..., :self.config.vocab_size].float()
-=======
-        return F.linear(hidden, self.head_weight)[..., :self.config.vocab_size].float()
->>>>>>> cpu-norm-ce
 
 
 class Classifier(GPT):
