@@ -28,7 +28,7 @@
 // stands beyond the table sees no key, and 0 / 0 makes it NaN.
 //
 // Accuracy: fp32 but for P, which is rounded to the operands' 16 bits; each result is rounded once. With
-// u = 2^-9 (bf16) or 2^-11 (fp16) and A = softmax_scale max_s sum |q k|,
+// u = 2^-8 (bf16) or 2^-11 (fp16) and A = softmax_scale max_s sum |q k|,
 //   |out - exact| <= (2 u + 2^-19 (4 + A)) sum_s P |v|.
 
 #include "common/attention.cuh"
