@@ -147,6 +147,20 @@ class Call {
   const void* read_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, false); }
   void* write_rows(const Tensor& t, const char* name) const { return checked_rows(t, name, true); }
 
+  // Rows of whole 16-byte vectors that lie anywhere: the last dimension is contiguous, the others have any strides.
+  const void* read_vectors(const Tensor& t, const char* name) const {
+    check_place(t, name);
+    const int64_t last = t.dim() - 1, step = kAlignment / int64_t(t.element_size());
+    STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op_, ": ", name, " has rows that are not contiguous: copy it");
+    int64_t elements = t.numel() > 0 ? t.size(last) : 0;
+    for (int64_t i = 0; i < last && elements > 0; ++i) {
+      STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) % step == 0, op_, ": ", name, " has a stride of ", t.stride(i),
+                      " elements, expected a multiple of ", step, ": copy it");
+      elements += (t.size(i) - 1) * t.stride(i);
+    }
+    return pointer(t, name, elements, false);
+  }
+
  private:
   static void check_device(const char* op, const Tensor& x) {
     STD_TORCH_CHECK(on_device(x), op, ": the first tensor is on ", device_name(x), ", where these kernels do not run");
@@ -671,6 +685,72 @@ Tensor grad_norm(Tensors list) {
   return norm;
 }
 
+// decode_attention
+
+// The shapes of q and the caches, and how q lies.
+void set_decode_shape(const Call& call, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                      cuda::DecodeAttention& args) {
+  call.rank(q, "q", 5, "(B, Tq, Hkv, G, D)");
+  call.rank(k_cache, "k_cache", 4, "(pages, page, Hkv, D)");
+  const int64_t B = q.size(0), Tq = q.size(1), H = q.size(2), G = q.size(3), D = q.size(4);
+  const int64_t pages = k_cache.size(0), page = k_cache.size(1);
+  args.dtype = call.float_dtype(q, "q");
+  STD_TORCH_CHECK(args.dtype != Dtype::kFp32, "decode_attention: q is float32, expected bfloat16 or float16");
+  STD_TORCH_CHECK(D == 64 || D == 128, "decode_attention: q has D=", D, ", expected 64 or 128");
+  STD_TORCH_CHECK(G >= 1, "decode_attention: q has G=0, expected at least 1");
+  STD_TORCH_CHECK(k_cache.size(2) == H && k_cache.size(3) == D, "decode_attention: k_cache has shape ", shape_name(k_cache),
+                  ", expected (pages, page, ", H, ", ", D, ")");
+  STD_TORCH_CHECK(page >= 1 && (page & (page - 1)) == 0, "decode_attention: k_cache has pages of ", page,
+                  " positions, expected a power of two");
+  STD_TORCH_CHECK(B <= INT_MAX && H * D <= INT_MAX && Tq <= INT_MAX / G && B * H <= INT_MAX,
+                  "decode_attention: q has shape ", shape_name(q), ", expected B Hkv, Hkv D and Tq G of at most ", INT_MAX);
+  STD_TORCH_CHECK(pages >= 1 && pages <= INT_MAX / page, "decode_attention: k_cache has ", pages, " pages of ", page,
+                  ", expected 1 to ", INT_MAX, " positions");
+  args.batch = int32_t(B);
+  args.queries = int32_t(Tq);
+  args.kv_heads = int32_t(H);
+  args.group = int32_t(G);
+  args.head_dim = int32_t(D);
+  args.pages = int32_t(pages);
+  args.page = int32_t(page);
+  args.softmax_scale = float(1.0 / std::sqrt(double(D)));
+  for (int i = 0; i < 4; ++i) args.q_strides[i] = q.size(i) > 1 ? q.stride(i) : 0;
+  call.same_dtype(k_cache, "k_cache", q, "q");
+  call.same_shape(v_cache, "v_cache", k_cache, "k_cache");
+  call.same_dtype(v_cache, "v_cache", q, "q");
+  args.q = call.read_vectors(q, "q");
+  args.k_cache = call.read(k_cache, "k_cache");
+  args.v_cache = call.read(v_cache, "v_cache");
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                        const Tensor& lengths) {
+  const Call call("decode_attention", q);
+  cuda::DecodeAttention args{};
+  set_decode_shape(call, q, k_cache, v_cache, args);
+  const int64_t B = args.batch, T = args.queries, H = args.kv_heads, G = args.group, D = args.head_dim;
+  call.rank(block_table, "block_table", 2, "(B, P)");
+  call.elements(block_table, "block_table", B * block_table.size(1), "B*P");
+  call.elements(lengths, "lengths", B, "B");
+  const int64_t most = cuda::kMaxDecodePositions, table_pages = block_table.size(1);
+  STD_TORCH_CHECK(table_pages >= 1 && table_pages <= most / args.page && T <= most, "decode_attention: ", T,
+                  " queries, tables of ", table_pages, " pages of ", args.page, ", expected 1 to ", most, " positions");
+  args.table_pages = int32_t(table_pages);
+  args.block_table = call.read_int32(block_table, "block_table");
+  args.lengths = call.read_int64(lengths, "lengths");
+  args.splits = cuda::decode_attention_splits(args);
+  const int64_t parts = args.splits > 1 ? args.splits : 0;
+  Tensor out = torch::stable::new_empty(q, {B, T, H, G, D});
+  Tensor partial_out = new_fp32(q, {parts, B, H, T, G, D}), partial_state = new_fp32(q, {parts, B, H, T, G, 2});
+  args.out = call.write(out, "out");
+  if (parts > 0) {
+    args.partial_out = call.write_fp32(partial_out, "partial_out");
+    args.partial_state = call.write_fp32(partial_state, "partial_state");
+  }
+  if (out.numel() > 0) call.launched(cuda::decode_attention(args, call.stream()));
+  return out;
+}
+
 std::tuple<int64_t, int64_t> cuda_versions() {
   int runtime = 0, driver = 0;
   if (cudaRuntimeGetVersion(&runtime) != 0) runtime = 0;
@@ -695,6 +775,7 @@ GPTDIST_CUDA_LIBRARY(m) {
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
   m.impl("adamw_", TORCH_BOX(&adamw_));
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 
 GPTDIST_ANY_LIBRARY(m) { m.impl("cuda_versions", TORCH_BOX(&cuda_versions)); }

@@ -35,50 +35,6 @@ namespace {
 template <int kHeadDim>
 constexpr AttentionTile kTile = attention_forward_tile(kHeadDim);
 
-// What a thread keeps of its 2 kM query rows while keys pass by: the largest score so far, and its own columns' share of
-// the sum of exponentials.
-template <int kM>
-struct RowState {
-  float maximum[kM][2], sum[kM][2];
-};
-
-// Scores s to exponentials 2^(scale_log2 (s - maximum)), state and output rescaled to the new maxima.
-// kMasked: some rows may have seen no key yet; their maximum is -inf, and nothing is taken from it.
-template <bool kMasked, int kM, int kN, int kD>
-__device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&out)[kM][kD][4], RowState<kM>& state,
-                                               float scale_log2) {
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = state.maximum[i][half];
-#pragma unroll
-      for (int j = 0; j < kN; ++j) maximum = fmaxf(maximum, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-      float subtrahend = maximum * scale_log2;
-      if (kMasked) subtrahend = maximum == -INFINITY ? 0.0f : subtrahend;
-      const float shrink = exp2_approx(state.maximum[i][half] * scale_log2 - subtrahend);
-      float sum = state.sum[i][half] * shrink;
-      state.maximum[i][half] = maximum;
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        const float p0 = exp2_approx(s[i][j][2 * half] * scale_log2 - subtrahend);
-        const float p1 = exp2_approx(s[i][j][2 * half + 1] * scale_log2 - subtrahend);
-        s[i][j][2 * half] = p0;
-        s[i][j][2 * half + 1] = p1;
-        sum += p0 + p1;
-      }
-      state.sum[i][half] = sum;
-#pragma unroll
-      for (int j = 0; j < kD; ++j) {
-        out[i][j][2 * half] *= shrink;
-        out[i][j][2 * half + 1] *= shrink;
-      }
-    }
-  }
-}
-
 }  // namespace
 
 template <class T, int kHeadDim, int kVariant>

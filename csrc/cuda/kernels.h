@@ -221,4 +221,29 @@ struct GradNorm {
 };
 Error grad_norm(const GradNorm& args, Stream stream);
 
+// decode_attention.cu. Queries against keys and values in pages, for generation. D is head_dim, 64 or 128.
+
+struct DecodeAttention {
+  Dtype dtype;                 // bf16 or fp16, of q, the caches and out
+  const void* q;               // [batch, queries, kv_heads, group, D], by q_strides; D contiguous
+  const void* k_cache;         // [pages, page, kv_heads, D]
+  const void* v_cache;         // [pages, page, kv_heads, D]
+  const int32_t* block_table;  // [batch, table_pages]: pages of each row in order; entries beyond a row's last key are
+                               // not used, and one that is no page counts as the nearest that is
+  const int64_t* lengths;      // [batch]: query i stands at lengths + i and sees the positions up to its own. A query
+                               // that stands beyond the table, or whose length is negative, becomes NaN
+  void* out;                   // [batch, queries, kv_heads, group, D], overwritten
+  float* partial_out;          // [splits, batch, kv_heads, queries, group, D] scratch; nullptr where splits is 1
+  float* partial_state;        // [splits, batch, kv_heads, queries, group, 2] scratch: largest score, sum
+  int64_t q_strides[4];        // elements from one of q's first four indices to the next; multiples of kWidthStep
+  int32_t batch, queries, kv_heads, group, head_dim;
+  int32_t pages, page, table_pages;  // page: a power of two
+  int32_t splits;              // decode_attention_splits(args)
+  float softmax_scale;         // > 0
+};
+// Parts that a row's keys are divided into. A function of the shape alone: nothing waits for lengths.
+constexpr int32_t kMaxDecodePositions = 1 << 30;  // table_pages * page, and queries
+int32_t decode_attention_splits(const DecodeAttention& args);
+Error decode_attention(const DecodeAttention& args, Stream stream);
+
 }  // namespace gptdist::cuda

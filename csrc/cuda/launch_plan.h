@@ -256,4 +256,53 @@ inline LaunchPlan plan_grad_norm_fold(const GradNorm&) {
   return {"grad_norm_fold_kernel", 0, {1, 1, 1}, {kNormFoldThreads, 1, 1}, 0};
 }
 
+// decode_attention.cu
+
+// How many of the queries * group query rows of a kv head a block takes.
+enum DecodeVariant : int32_t { kDecodeFewRows, kDecodeManyRows };
+
+constexpr int32_t kDecodeWarps = 4, kDecodeThreads = kDecodeWarps * 32;
+constexpr int32_t kDecodeKeys = 64;       // keys in a tile
+constexpr int32_t kDecodeBlocks = 264;    // that keys are split for: two for each multiprocessor of an H100
+constexpr int32_t kDecodeMaxSplits = 128;
+
+constexpr int32_t decode_rows(int32_t variant) { return variant == kDecodeFewRows ? 16 : 64; }
+
+// Tiles of K and V in shared memory: at least 32 KiB are on their way while one is worked on.
+constexpr int32_t decode_stages(int32_t head_dim) { return head_dim == 64 ? 3 : 2; }
+
+inline DecodeVariant decode_variant(const DecodeAttention& args) {
+  return int64_t(args.queries) * args.group <= decode_rows(kDecodeFewRows) ? kDecodeFewRows : kDecodeManyRows;
+}
+
+// Blocks of one split: tiles of query rows of all kv heads.
+inline int64_t decode_row_blocks(const DecodeAttention& args) {
+  const int64_t rows = int64_t(args.queries) * args.group;
+  return ceil_div(rows, decode_rows(decode_variant(args))) * args.batch * args.kv_heads;
+}
+
+// As many as fill the device, as long as each has a tile of a row that fills its table.
+inline int32_t decode_split_count(const DecodeAttention& args) {
+  const int64_t blocks = decode_row_blocks(args);
+  const int64_t wanted = blocks < kDecodeBlocks ? kDecodeBlocks / (blocks > 0 ? blocks : 1) : 1;
+  const int64_t tiles = ceil_div(int64_t(args.table_pages) * args.page, kDecodeKeys);
+  const int64_t most = tiles < kDecodeMaxSplits ? tiles : kDecodeMaxSplits;
+  return int32_t(wanted < most ? wanted : most);
+}
+
+// Shared memory: Q, and the stages of K and V.
+inline LaunchPlan plan_decode_attention(const DecodeAttention& args) {
+  const DecodeVariant variant = decode_variant(args);
+  const int32_t rows = decode_rows(variant) + 2 * decode_stages(args.head_dim) * kDecodeKeys;
+  return {"decode_attention_kernel", variant, {grid_of(decode_row_blocks(args)), uint32_t(args.splits), 1},
+          {kDecodeThreads, 1, 1}, uint32_t(rows * args.head_dim * 2)};
+}
+
+// Four elements a thread.
+inline LaunchPlan plan_decode_merge(const DecodeAttention& args) {
+  const int64_t rows = int64_t(args.batch) * args.kv_heads * args.queries * args.group;
+  return {"decode_merge_kernel", decode_variant(args), {grid_of(ceil_div(rows * args.head_dim / 4, kDecodeThreads)), 1, 1},
+          {kDecodeThreads, 1, 1}, 0};
+}
+
 }  // namespace gptdist::cuda

@@ -67,6 +67,7 @@ COMPILED = {
     },
     "cuda": {
         "attention": Kernel(_HALVES[1:], "head dimension 64 or 128"),
+        "decode_attention": Kernel(_HALVES[1:], "head dimension 64 or 128, pages of a power of two"),
         "layer_norm": _NORM,
         "residual_layer_norm": _NORM,
         "bias_gelu": Kernel(_HALVES, f"width in multiples of {WIDTH_STEP}"),
@@ -203,6 +204,13 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """x as the CUDA kernels want it, contiguous and from a multiple of ALIGNMENT bytes: itself or a copy."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, or a contiguous copy where its last dimension is not contiguous or its rows begin at no multiple of ALIGNMENT."""
+    step = ALIGNMENT // x.element_size()
+    in_steps = all(n == 1 or stride % step == 0 for n, stride in zip(x.shape[:-1], x.stride(), strict=False))
+    return x if in_steps and x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0 else aligned(x)
 
 
 def cuda_parameter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,15 +5,16 @@ k and v are in the cache already. Position s of row b lies in page block_table[b
 
     o = softmax(q k^T / sqrt(D)) v, fp32 (fp64 for float64)
 
-Reads the pages in use of every row once, writes out. No autograd. Source: Kwon et al., "Efficient memory management
-for LLM serving with PagedAttention" (2023), section 4.1.
+Reads the pages in use of every row once, writes out. No autograd. On CUDA: csrc/cuda/decode_attention.cu. Source: Kwon
+et al., "Efficient memory management for LLM serving with PagedAttention" (2023), section 4.1.
 """
 
 import math
 
 import torch
 
-from .backends import compute_dtype, custom_op
+from .attention import head_misfit
+from .backends import aligned, aligned_rows, choose, compute_dtype, cuda_kernels, custom_op
 
 BLOCK_ELEMENTS = 1 << 24  # cached elements or scores at once: 64 MiB of fp32
 
@@ -38,14 +39,7 @@ def _rows(q, k_cache, v_cache, block_table, lengths, width):
     return out.view(b, H, G, Tq, D).permute(0, 3, 1, 2, 4)
 
 
-@custom_op("gptdist::decode_attention")
-def _decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-) -> torch.Tensor:
+def _reference(q, k_cache, v_cache, block_table, lengths):
     B, Tq, H, G, D = q.shape
     page = k_cache.shape[1]
     out = q.new_empty(q.shape)
@@ -67,6 +61,31 @@ def _decode(
     return out
 
 
+def misfit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str:
+    """Why the CUDA kernel does not take these, or the empty string."""
+    page = k_cache.shape[1]
+    if page & (page - 1):
+        return f"pages of {page} positions, no power of two"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype:
+            return f"{name} is {cache.dtype}, q {q.dtype}"
+    return head_misfit(q.shape[-1])
+
+
+@custom_op("gptdist::decode_attention")
+def _decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    if choose("decode_attention", q.device, q.dtype, misfit(q, k_cache, v_cache)).backend == "cuda":
+        tensors = (aligned(x) for x in (k_cache, v_cache, block_table, lengths))
+        return cuda_kernels().decode_attention(aligned_rows(q), *tensors)
+    return _reference(q, k_cache, v_cache, block_table, lengths)
+
+
 @_decode.register_fake
 def _(q, k_cache, v_cache, block_table, lengths):
     return q.new_empty(q.shape)
@@ -83,6 +102,9 @@ def decode_attention(
 
     k_cache, v_cache: (pages, page, Hkv, D). block_table: int32 (B, P), pages of each row in order; entries beyond a
     row's context are not read. lengths: int64 (B,), tokens of the row before this call's first query.
+
+    A row that reaches beyond its block table raises ValueError. The CUDA kernel does not wait for lengths to say so: it
+    reads nothing beyond the table, and makes the queries that stand there NaN.
     """
     if q.dim() != 5 or k_cache.dim() != 4 or k_cache.shape[2:] != (q.shape[2], q.shape[4]):
         raise ValueError(
@@ -102,4 +124,7 @@ def decode_attention(
         raise ValueError(
             f"decode_attention: lengths is {lengths.dtype} {tuple(lengths.shape)}, expected int64 ({B},)"
         )
+    Tq, held = q.shape[1], block_table.shape[1] * k_cache.shape[1]
+    if Tq > held and B > 0:
+        raise ValueError(f"decode_attention: a row reaches {Tq} positions, its block table holds {held}")
     return _decode(q, k_cache, v_cache, block_table, lengths)

@@ -78,8 +78,12 @@ __device__ __forceinline__ void copy_async_small(uint32_t to, const void* from, 
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
-// This thread's copies have landed; the others' have after the barrier that follows.
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_group 0;"); }
+// This thread's copies have landed, but for those of the last kPending groups; the others' have after the barrier that
+// follows.
+template <int kPending = 0>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 v;
@@ -93,6 +97,12 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ int2 load_shared_int2(uint32_t address) {
   int2 v;
   asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
@@ -101,6 +111,10 @@ __device__ __forceinline__ int2 load_shared_int2(uint32_t address) {
 
 __device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word));
+}
+
+__device__ __forceinline__ void store_shared_float2(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y));
 }
 
 }  // namespace gptdist::cuda
