@@ -1,9 +1,9 @@
 """Whether attention is right on a device: lengths around the tiles, grouped queries, documents, dropout.
 
-Against gptdist/ops/attention.py's reference in float64, which goes block by block and so has room for long sequences. An
-error is measured against the size of what it belongs to: norm(got - exact) / norm(exact), for the output and for dq, dk
-and dv apart; the bound is three units in the last place. Where an exact gradient is next to nothing (a query that sees
-one key), dv is the measure. Two runs must give the same bits.
+Against gptdist/ops/attention.py's reference in float64, which goes block by block and so has room for long sequences.
+An error is measured against the size of what it belongs to: norm(got - exact) / norm(exact), for the output and for
+dq, dk and dv apart; the bound is three units in the last place. Where an exact gradient is next to nothing (a query
+that sees one key), dv is the measure. Two runs must give the same bits.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Whether the ops of a device are right: every op, forward and backward, against its PyTorch reference in float64.
 
 Over dtypes and over shapes around the kernels' tiles; the error is the largest difference over the largest value.
-Dropout must drop the very same elements. Two runs must give the same bits, and opcheck must pass. gpu_check.py runs this
-on a GPU, the tests on their device.
+Dropout must drop the very same elements. Two runs must give the same bits, and opcheck must pass. gpu_check.py runs
+this on a GPU, the tests on their device. To add an op: a case, and its arguments for opcheck.
 """
 
 import os
@@ -119,8 +119,9 @@ def with_gradients(function: Callable, tensors: tuple[torch.Tensor, ...], dtype:
     inputs = [(x if dtype is None else x.to(dtype)).detach().clone().requires_grad_() for x in tensors]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator).to(tensors[0].dtype).to(y) for y in outputs]
+    device = tensors[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator, device=device).to(tensors[0].dtype).to(y) for y in outputs]
     return [y.detach() for y in outputs] + [*torch.autograd.grad(outputs, inputs, upstream)]
 
 

@@ -69,30 +69,26 @@ def measured_limits(device: torch.device, dtypes, repeats: int, copy_bytes: int,
 
 
 def rows(
-    names: list[str],
     device: torch.device,
     limits: Limits,
     *,
+    families: dict[str, Family],
     repeats: int,
     limit_s: float,
     peers: set[str] | None = None,
-    families: dict[str, Family] = FAMILIES,
-    dtypes=None,
     with_errors: bool = True,
 ) -> Iterator[Row]:
-    """Every pass of the named ops. peers: those to time beside them, None: all. dtypes: None: each family's own."""
-    for name in names:
-        family = families[name]
-        shapes, own_dtypes = (family.cuda, family.cuda_dtypes) if device.type == "cuda" else (family.cpu, family.cpu_dtypes)
-        for dtype in dtypes or own_dtypes:
+    """Every pass of some ops. peers: those to time beside them, None: all. repeats, limit_s: of each pass."""
+    for name, family in families.items():
+        for dtype in family.dtypes(device):
             backend = backends.choose(name, device, dtype).backend
             errors = ops_timed.errors(family.make(device, dtype, *family.small)) if with_errors else {}
-            for shape in shapes:
+            for shape in family.shapes(device):
                 for timed in ops_timed.passes(name, family.make(device, dtype, *shape), dtype, peers=peers):
                     times = alternating(timed.functions, device, repeats=repeats, limit_s=limit_s)
-                    fields = {key: getattr(timed, key) for key in ("op", "direction", "dtype", "shape", "bytes", "flops")}
+                    what = timed.op, timed.direction, timed.dtype, timed.shape
                     error = errors.get(timed.direction)
-                    yield Row(**fields, backend=backend, limit_ms=limits.ms(timed), times=times, error=error)
+                    yield Row(*what, backend, timed.bytes, timed.flops, limits.ms(timed), times, error)
 
 
 # the report
@@ -115,8 +111,9 @@ def markdown(found: list[Row]) -> str:
         lines += [table_row(head), table_row(["---"] * len(head))]
         lines += [table_row(row_cells(row, peers)) for row in group]
         lines.append("")
-    reasons = {(row.op, row.shape, name): time.refusal for row in found for name, time in row.times.items() if time.refusal}
-    lines += [f"- {op} {shape}, {name}: {reason}" for (op, shape, name), reason in reasons.items()]
+    for row in found:
+        where = f"{row.op} {row.direction} {row.dtype} {row.shape}"
+        lines += [f"- {where}, {name}: {time.refusal}" for name, time in row.times.items() if time.refusal]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -183,21 +180,21 @@ def main() -> None:
     parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    dtypes = dict.fromkeys(
-        dtype for name in args.op for dtype in (FAMILIES[name].cuda_dtypes if on_gpu else FAMILIES[name].cpu_dtypes)
-    )
-    limits = measured_limits(device, dtypes, 11, 1 << 29 if on_gpu else 1 << 26, 8192 if on_gpu else 1024)
+    families = {name: FAMILIES[name] for name in args.op}
+    dtypes = dict.fromkeys(dtype for family in families.values() for dtype in family.dtypes(device))
+    sizes = (1 << 29, 8192) if device.type == "cuda" else (1 << 26, 1024)
+    limits = measured_limits(device, dtypes, 11, *sizes)
     peers = ops_timed.PEERS - {"compiled"} if args.no_compile else None
     torch.manual_seed(0)
-    print("\n".join(head(device, limits, args.repeats)) + "\n")
+    title = head(device, limits, args.repeats)
+    print("\n".join(title) + "\n")
     found = []
-    for row in rows(args.op, device, limits, repeats=args.repeats, limit_s=3.0, peers=peers):
+    for row in rows(device, limits, families=families, repeats=args.repeats, limit_s=3.0, peers=peers):
         found.append(row)
         print(f"{row.op} {row.direction} {row.dtype} {row.shape}: {peer_cell(row, OURS)} ms", file=sys.stderr)
     print(markdown(found))
     if args.json:
-        data = {"head": head(device, limits, args.repeats), "limits": asdict(limits), "rows": [asdict(r) for r in found]}
+        data = {"head": title, "limits": asdict(limits), "rows": [asdict(row) for row in found]}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     if args.png:
         plot(found, args.png)

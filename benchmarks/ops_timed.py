@@ -1,11 +1,11 @@
-"""The ops that are timed: this project's beside what PyTorch offers, on CPU and GPU. kernels.py and gpu_check.py use it.
+"""The ops that are timed: this project's beside what PyTorch offers, on CPU and GPU, for kernels.py and gpu_check.py.
 
 To add an op: a function that makes it for one dtype and shape, and its line in FAMILIES.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +218,11 @@ def linear_cross_entropy(device, dtype, rows: int, vocabulary: int, width: int =
     weight = (0.05 * torch.randn(vocabulary, width, device=device)).to(dtype)
     targets = torch.randint(vocabulary, (rows,), device=device)
     ours = Way(lambda h, w: ops.linear_cross_entropy(h, w, targets), (hidden, weight))
-    peers = with_torch(lambda h, w: F.cross_entropy(F.linear(h, w), targets, reduction="none").float(), ours.tensors, ours)
+
+    def function(h, w):
+        return F.cross_entropy(F.linear(h, w), targets, reduction="none").float()
+
+    peers = with_torch(function, ours.tensors, ours)
     least, product = hidden.nbytes + weight.nbytes, 2 * rows * vocabulary * width
     return Op(f"[{rows}, {width}] x [{vocabulary}]", ours, peers, (least, 2 * least), (product, 2 * product))
 
@@ -242,9 +246,20 @@ class Family:
     cuda_dtypes: tuple[torch.dtype, ...] = (BF16, FP32)
     cpu_dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
 
+    def shapes(self, device: torch.device) -> tuple[tuple[int, ...], ...]:
+        return self.cuda if device.type == "cuda" else self.cpu
 
-# Attention: 16,384 tokens and 2,048 channels, as in the figures of Dao (2023) and Shah et al., "FlashAttention-3" (2024).
-# Elsewhere tensors of 50 MB and more in bf16 on a GPU: they do not stay in the second-level cache of an H100.
+    def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        return self.cuda_dtypes if device.type == "cuda" else self.cpu_dtypes
+
+
+def tiny(family: Family) -> Family:
+    """The family at its small shape alone, in bf16."""
+    return replace(family, cuda=(family.small,), cpu=(family.small,), cuda_dtypes=(BF16,), cpu_dtypes=(BF16,))
+
+
+# Attention: 16,384 tokens and 2,048 channels, as in the figures of Dao (2023) and Shah et al., "FlashAttention-3"
+# (2024). Elsewhere tensors of 50 MB and more in bf16 on a GPU: they do not stay in the second-level cache of an H100.
 FAMILIES = {
     "attention": Family(
         attention,

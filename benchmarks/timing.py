@@ -22,7 +22,9 @@ class Time:
     refusal: str = ""
 
 
-def alternating(functions: dict[str, Callable], device: torch.device, *, repeats: int, limit_s: float) -> dict[str, Time]:
+def alternating(
+    functions: dict[str, Callable], device: torch.device, *, repeats: int, limit_s: float
+) -> dict[str, Time]:
     """The time of each function. One that raises has its error's first line instead, and the others go on.
 
     Rounds end after `repeats`, or after `limit_s` seconds if there have been FEWEST_ROUNDS.
