@@ -85,7 +85,10 @@ def only(ptx: str, wanted: re.Pattern) -> str:
 
 
 def assemble(ptx: str, arch: str) -> tuple[dict[str, Used], str]:
-    """What ptxas -O3 uses for each kernel of a PTX text on `arch` (`sm_80`), and the SASS of all."""
+    """What ptxas -O3 uses for each kernel of a PTX text on `arch` (`sm_80`), and the SASS of all.
+
+    Raises MissingError without the tools, RuntimeError with ptxas's words where it refuses.
+    """
     problem = tools_problem()
     if problem:
         raise MissingError(problem)
