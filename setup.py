@@ -58,6 +58,7 @@ EXTRAS = {
         "gguf>=0.17",
         "ruff",
         "nvidia-cuda-cuobjdump; sys_platform == 'linux'",
+        "nvidia-cuda-nvdisasm; sys_platform == 'linux'",
     ],
 }
 

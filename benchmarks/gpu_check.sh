@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build the CUDA kernels for it, check them against the reference, time them beside PyTorch.
+# On a machine with a GPU: build the CUDA kernels for it, check them against the reference, time them beside PyTorch,
+# train GPT-2 with them for a few steps.
 #   bash benchmarks/gpu_check.sh
 # Needs nvcc and a python3 that has a CUDA build of torch >= 2.11: no network, no virtual environment. Writes
 # gpu_check.md and gpu_check.json. Exit code 1: a check failed, 3: no GPU, or no nvcc.
 #   PYTHON   the interpreter (default: python3)       OUT   where results go (default: benchmarks/results)
+#   BUDGET   seconds for all of it, the build included (default: 525); what does not fit is cut, and the report says so
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
@@ -31,4 +33,4 @@ command -v "$nvcc" > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] || die "no nvc
 
 echo "building for sm_$arch"
 GPTDIST_CUDA=1 GPTDIST_CUDA_ARCHS="$arch" "$python" setup.py -q build_ext --inplace
-exec "$python" -m benchmarks.gpu_check --output "${OUT:-benchmarks/results}"
+exec "$python" -m benchmarks.gpu_check --output "${OUT:-benchmarks/results}" --budget $((${BUDGET:-525} - SECONDS))

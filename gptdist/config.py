@@ -3,6 +3,8 @@
 These dataclasses are the only schema. Every field carries its meaning, which `gptdist config --show` prints. An unknown
 key is an error that names the nearest known one; an impossible value is an error that says what would be possible.
 The resolved configuration is stored in every checkpoint.
+
+YAML and the command line are read with packages that are imported where they are used: a model needs torch alone.
 """
 
 import contextlib
@@ -16,8 +18,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-
-import yaml
 
 from gptdist.errors import UserError
 
@@ -466,11 +466,15 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(config: Config) -> str:
+    import yaml
+
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: list[str] = ()) -> Config:
     """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
+    import yaml
+
     _check_keys(values, where)
     return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(list(overrides)), where, _names(values))
 
@@ -495,6 +499,8 @@ def _names(values: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -612,6 +618,8 @@ def _plain_error(error: Exception) -> str:
 
 def show() -> str:
     """All defaults as a YAML file with every field's meaning: itself a valid configuration."""
+    import yaml
+
     lines = ["# gptdist configuration: every field, its default, its meaning."]
     for name, section in SECTIONS.items():
         lines += ["", f"# {section.__doc__}", f"{name}:"]

@@ -13,7 +13,6 @@ may touch: its tensors, no byte more.
 import ctypes
 import functools
 import hashlib
-import importlib.metadata
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import ptx
 from gptdist.ops import backends
 
 VM_LIBRARY = backends.PACKAGE / "_vm.so"
@@ -187,15 +187,8 @@ class Device:
 
 
 def cuobjdump() -> str | None:
-    """NVIDIA's tool that takes PTX out of a library: of a toolkit, or of the package nvidia-cuda-cuobjdump."""
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
-    try:
-        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((str(file.locate()) for file in files if file.name == "cuobjdump"), None)
+    """NVIDIA's tool that takes PTX out of a library, or None."""
+    return ptx.tool("cuobjdump")
 
 
 def extracted_ptx(library: Path) -> list[str]:
