@@ -48,14 +48,15 @@ Args shaped_attention(Dtype dtype, int64_t heads, int64_t positions, int32_t hea
   return args;
 }
 
-<<<<<<< HEAD
 // One tensor of `elements`.
 template <class Args>
 Args shaped_list(int64_t elements, int64_t chunk) {
   Args args{};
   args.count = 1;
   args.chunks = ceil_div(elements, chunk);
-=======
+  return args;
+}
+
 // One query for each of `batch` rows whose table holds `positions` in pages of 16, one kv head.
 DecodeAttention shaped_decode(Dtype dtype, int64_t batch, int64_t positions, int32_t head_dim) {
   DecodeAttention args{};
@@ -66,7 +67,6 @@ DecodeAttention shaped_decode(Dtype dtype, int64_t batch, int64_t positions, int
   args.table_pages = int32_t(positions / args.page);
   args.head_dim = head_dim;
   args.splits = decode_split_count(args);
->>>>>>> decode
   return args;
 }
 
@@ -102,19 +102,16 @@ extern "C" __attribute__((visibility("default"))) int gptdist_vm_plan(const char
     *plan = plan_attention_dkv(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
   else if (launcher == "attention_dq")
     *plan = plan_attention_dq(shaped_attention<AttentionBackward>(dtype, batch, rows, width));
-<<<<<<< HEAD
   else if (launcher == "adamw")
     *plan = plan_adamw(shaped_list<AdamW>(all * width, kAdamWChunk));
   else if (launcher == "grad_norm")
     *plan = plan_grad_norm(shaped_list<GradNorm>(all * width, kNormChunk));
   else if (launcher == "grad_norm_fold")
     *plan = plan_grad_norm_fold(shaped_list<GradNorm>(all * width, kNormChunk));
-=======
   else if (launcher == "decode_attention")
     *plan = plan_decode_attention(shaped_decode(dtype, batch, rows, width));
   else if (launcher == "decode_merge")
     *plan = plan_decode_merge(shaped_decode(dtype, batch, rows, width));
->>>>>>> decode
   else if (launcher == "fold_partials")  // rows: how many sums of `width` elements
     *plan = plan_fold_partials(int32_t(all), width);
   else
