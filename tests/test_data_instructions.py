@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path_factory, data, indent, lines, escaped)
     if lines:
         content = "\r\n\n".join(json.dumps(record, ensure_ascii=escaped) for record in records)
     found = read(tmp_path_factory.mktemp("c"), content)
-    assert (found.items, found.empty, found.note()) == (wanted, 0, "")
+    assert (found.items, found.left_out, found.note()) == (wanted, 0, "")
 
 
 def test_kinds_may_be_mixed_and_a_byte_order_mark_is_no_error(tmp_path):
@@ -81,7 +81,7 @@ def test_empty_answers_are_left_out_and_counted(tmp_path):
     records = [{"instruction": "a", "output": o} for o in ("", "b", " \n")]
     found = read(tmp_path, "[" + ",\n".join(map(json.dumps, records)) + "]")
     assert [c.answer for c in found.items] == ["b"]
-    assert found.empty == 2
+    assert found.left_out == 2
     assert "left out 2 of 3 conversations with an empty answer, the first at" in found.note()
     assert found.note().endswith("x.json:1")
 
@@ -91,10 +91,10 @@ def message(role: object, content: object = "x") -> dict:
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("", "no conversations; expected"),
-    ("[]", "no conversations"),
-    ("  \n ", "no conversations"),
-    ('{"instruction": "a", "output": ""}', "all 1 conversations have an empty answer"),
+    ("", "no objects; expected"),
+    ("[]", "no objects"),
+    ("  \n ", "no objects"),
+    ('{"instruction": "a", "output": ""}', "all 1 objects are conversations with an empty answer"),
     ('[\n{"instruction": "a", "output": "b"},\n{"instruction" "a"}]', "x.json:3: not JSON"),
     ('{"instruction": "a", "output": "b"}\n\n{"instruction": ', "x.json:3: not JSON"),
     ('[{"instruction": "a", "output": "b"}', "x.json:1: the list has no end; is the file cut off"),

@@ -84,13 +84,13 @@ def test_pairs_that_prefer_nothing_are_left_out_and_counted(tmp_path):
     ({"prompt": "P", "chosen": [QUESTION, YES], "rejected": "no"}, "chosen is a conversation that does not begin with"),
     ({"prompt": [QUESTION], "chosen": [], "rejected": [NO]}, "ends with"),
     (["Q"], "expected a JSON object"),
-    ({"prompt": "Q", "chosen": "yes", "rejected": "yes"}, "all 1 pairs have equal answers")])
+    ({"prompt": "Q", "chosen": "yes", "rejected": "yes"}, "all 1 objects are pairs whose answers are equal")])
 def test_what_is_no_pair_is_refused_with_its_line(tmp_path, record, message):
     with pytest.raises(UserError, match=rf"pairs.jsonl.*{message}"):
         read(tmp_path, record)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "no pairs"), ("[1", "pairs.jsonl:1"), ("{", "not JSON")])
+@pytest.mark.parametrize(("text", "message"), [("", "no objects"), ("[1", "pairs.jsonl:1"), ("{", "not JSON")])
 def test_what_is_no_file_of_pairs_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text=text)

@@ -9,12 +9,14 @@ Other keys of an object are left alone. Sources: Taori et al., "Stanford Alpaca"
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from gptdist.errors import UserError
 
+T = TypeVar("T")
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 ROLES = {USER: USER, "human": USER, ASSISTANT: ASSISTANT, "gpt": ASSISTANT, "chatgpt": ASSISTANT, SYSTEM: SYSTEM}
 AUTO = "auto"
@@ -55,41 +57,52 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """What a file holds. Objects in which an answer is empty teach nothing and are left out, but counted."""
+class Found(Generic[T]):
+    """What a file holds. Objects that teach nothing are left out, but counted."""
 
-    items: list[Conversation]
-    empty: int = 0
-    first_empty: str = ""  # FILE:LINE
+    items: list[T]
+    useless: str  # what those left out are, in the plural
+    left_out: int = 0
+    first_left_out: str = ""  # FILE:LINE
 
     def note(self) -> str:
         """One line about what was left out; "" if nothing was."""
-        if not self.empty:
+        if not self.left_out:
             return ""
-        return f"left out {self.empty} of {len(self.items) + self.empty} conversations with an empty answer, the " \
-               f"first at {self.first_empty}"
+        return (f"left out {self.left_out} of {len(self.items) + self.left_out} {self.useless}, the first at "
+                f"{self.first_left_out}")
 
 
-def read_conversations(path: str | Path, format: str = AUTO) -> Conversations:
+def read_conversations(path: str | Path, format: str = AUTO) -> Found[Conversation]:
     """All conversations of a file. Raises UserError with the file and line of anything that is not one.
 
     format: what the objects have to be: "alpaca", "messages" or "sharegpt"; AUTO: each what its keys say.
     """
+    return read_items(
+        path, lambda record, where: _conversation(record, where, format),
+        lambda c: all(turn.text.strip() for turn in c.turns if turn.role == ASSISTANT),
+        useless="conversations with an empty answer", expected="instruction and output, messages, or conversations")
+
+
+def read_items(path: str | Path, parse: Callable[[object, str], T], teaches: Callable[[T], bool], *, useless: str,
+               expected: str) -> Found[T]:
+    """What `parse` makes of every object of a file and its FILE:LINE, where it teaches something.
+
+    useless: what the others are, in the plural; expected: the keys of an object. Raises UserError if nothing is left.
+    """
     path = Path(path)
-    items, empty, first_empty = [], 0, ""
+    items, left_out = [], []
     for line, record in records(path, read_text(path)):
         where = f"{path}:{line}"
-        conversation = _conversation(record, where, format)
-        if all(turn.text.strip() for turn in conversation.turns if turn.role == ASSISTANT):
-            items.append(conversation)
-            continue
-        empty += 1
-        first_empty = first_empty or where
+        item = parse(record, where)
+        if teaches(item):
+            items.append(item)
+        else:
+            left_out.append(where)
     if not items:
-        why = f"all {empty} conversations have an empty answer" if empty else "no conversations"
-        raise UserError(f"{path}: {why}; expected a JSON list or JSONL of objects with instruction and output, "
-                        f"messages, or conversations")
-    return Conversations(items, empty, first_empty)
+        why = f"all {len(left_out)} objects are {useless}" if left_out else "no objects"
+        raise UserError(f"{path}: {why}; expected a JSON list or JSONL of objects with {expected}")
+    return Found(items, useless, len(left_out), left_out[0] if left_out else "")
 
 
 def read_text(path: Path) -> str:

@@ -23,11 +23,11 @@ from gptdist.data.instructions import (
     ASSISTANT,
     USER,
     Conversation,
+    Found,
     Turn,
     checked_text,
     from_messages,
-    read_text,
-    records,
+    read_items,
     short,
 )
 from gptdist.data.loader import IGNORED
@@ -53,38 +53,11 @@ class Preference:
         return Conversation((*self.question.turns, Turn(ASSISTANT, answer)), self.question.system)
 
 
-@dataclass(frozen=True)
-class Preferences:
-    """What a file holds. Pairs of equal answers, or with an empty chosen one, prefer nothing: left out, but counted."""
-
-    items: list[Preference]
-    left_out: int = 0
-    first_left_out: str = ""  # FILE:LINE
-
-    def note(self) -> str:
-        """One line about what was left out; "" if nothing was."""
-        if not self.left_out:
-            return ""
-        return (f"left out {self.left_out} of {len(self.items) + self.left_out} pairs whose answers are equal or whose "
-                f"chosen one is empty, the first at {self.first_left_out}")
-
-
-def read_preferences(path: str | Path) -> Preferences:
-    """All pairs of a file. Raises UserError with the file and line of anything that is not one."""
-    path = Path(path)
-    items, left_out, first_left_out = [], 0, ""
-    for line, record in records(path, read_text(path)):
-        where = f"{path}:{line}"
-        pair = _preference(record, where)
-        if pair.chosen.strip() and pair.chosen != pair.rejected:
-            items.append(pair)
-            continue
-        left_out += 1
-        first_left_out = first_left_out or where
-    if not items:
-        why = f"all {left_out} pairs have equal answers or an empty chosen one" if left_out else "no pairs"
-        raise UserError(f"{path}: {why}; expected a JSON list or JSONL of objects with prompt, chosen and rejected")
-    return Preferences(items, left_out, first_left_out)
+def read_preferences(path: str | Path) -> Found[Preference]:
+    """All pairs of a file that prefer something. Raises UserError with file and line of anything that is no pair."""
+    return read_items(path, _preference, lambda pair: bool(pair.chosen.strip()) and pair.chosen != pair.rejected,
+                      useless="pairs whose answers are equal or whose chosen one is empty",
+                      expected="prompt, chosen and rejected")
 
 
 def _preference(record: object, where: str) -> Preference:
