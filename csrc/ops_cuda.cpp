@@ -158,7 +158,7 @@ class Call {
                       " elements, expected a multiple of ", step, ": copy it");
       elements += (t.size(i) - 1) * t.stride(i);
     }
-    return pointer(t, name, elements, false);
+    return pointer(t, name, elements, false, kAlignment);
   }
 
  private:
