@@ -23,21 +23,25 @@ _SCALE = r"(kLog2e|kLinear|kTwoSqrt2OverPi|kCubic|mean|rstd|mean_g|mean_g_xhat|d
 # kind -> (pattern, replacement). Every match in device code is one mutant.
 RULES: dict[str, list[tuple[str, str]]] = {
     "guard": [(rf"< {_SIZE}\b(?![.\[(*])", r"<= \1"), (rf">= {_SIZE}\b(?![.\[(*])", r"> \1"),
-              (r"< (vectors|elements|count|args\.chunks)\b", r"<= \1"), (r"threadIdx\.x == 0", "threadIdx.x <= 1"),
+              (r"< (vectors|elements|count|args\.chunks)\b", r"<= \1"), (r"- first < k", "- first > k"),
               (r"thread == 0", "thread <= 1"), (r"lane == 0", "lane <= 1"), (r"lane != 0", "lane > 1")],
     "mask": [(r">= args\.threshold", "< args.threshold"), (r"== args\.ignore_index", "!= args.ignore_index"),
              (r"== own_class", "!= own_class"), (r"== own\b", "!= own"), (r"target >= 0", "target >= 1"),
-             (r"inside \?", "!inside ?"), (r"ignored \?", "!ignored ?")],
+             (r"inside \?", "!inside ?"), (r"ignored \?", "!ignored ?"),
+             (r"== Dtype::", "!= Dtype::"), (r"<= chunk\b", "< chunk"),
+             (r"aligned_to\(\w+, (?:[^()]|\([^()]*\))*\)", "true")],
     "stride": [(rf"\* {_STRIDE}\b(?!\()", r"* (\1 + 1)"), (r"p \* stride", "p * (stride + 1)"),
                (r"\+= kFoldGroups", "+= kFoldGroups + 1"), (r"\+= row_step", "+= row_step + 1"),
                (r"\+= threads", "+= threads + 1"), (r"\+= blockDim\.x", "+= blockDim.x + 1"),
-               (r"\+= kTileThreads", "+= kTileThreads + 1"), (r"\+= (k\w+Threads);", r"+= \1 + 1;"),
-               (r"\* (kNormThreads|k\w+Chunk)\b", r"* (\1 + 1)"), (r"begun - 1", "begun")],
+               (r"\+= kTileThreads", "+= kTileThreads + 1"), (r"\+= (k(?:AdamW|Norm)\w*Threads)\b", r"+= \1 + 1"),
+               (r"\* (kNormThreads|k\w+Chunk)\b", r"* (\1 + 1)"), (r"begun - 1", "begun"),
+               (r"kVector \+ threadIdx", "kVector + 1 + threadIdx"), (r"- args\.first_chunks\[i\]", "")],
     "scale": [(r"float\(width\)", "float(width + 1)"), (rf"(?<=[-*+(] ){_SCALE}\b(?! =)", r"(\1 * 1.01f)"),
               (r"\b1\.0f\b(?=[ )])", "1.02f"), (r"distance > 0", "distance > 1"), (r"0xD2511F53u", "0xD2511F55u"),
               (r"0xCD9E8D57u", "0xCD9E8D59u"), (r"0x9E3779B9u", "0x9E3779B7u"), (r"0xBB67AE85u", "0xBB67AE83u"),
               (r"\bs\.(decay|beta1_complement|beta2|beta2_complement|root_correction|eps|step_size)\b", r"(s.\1 * 1.01f)"),
-              (r"\* grad_scale\b", "* (grad_scale * 1.01f)"), (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"), (r"site\) << 16", "site) << 15")],
+              (r"\* (grad_scale|values\[j\])(?=[,;])", r"* (\1 * 1.01f)"), (r"double\(piece\)", "double(piece * 1.01f)"),
+              (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"), (r"site\) << 16", "site) << 15")],
 }
 
 

@@ -176,9 +176,9 @@ FAMILIES = {
          *(partial(misaligned_case, name=name) for name in ("params", "grads", "exp_avg", "exp_avg_sq", "shadows")),
          partial(adamw_case, shapes=[(i % 3 + 1,) for i in range(520)], grads=(FP32,), shadows=(BF16,)))),
     "grad_norm": Family(
-        ("tensor_list.cuh", "reduce.cuh"),
+        ("tensor_list.cuh",),
         ("grad_norm_kernel", "grad_norm_fold_kernel"),
-        (partial(grad_norm_case, shapes=[(4099,), (3,), (530,)]),
+        (partial(grad_norm_case, shapes=[(4099,), (3,), (1203,)]),
          partial(grad_norm_case, shapes=[(9, 131), (16401,), (5,)], dtypes=(FP16, BF16, FP32), offset=1),
          partial(grad_norm_case, shapes=[(16401,), (8197,), (300,)], dtypes=(BF16, FP16)),
          partial(grad_norm_case, shapes=[(i % 3 + 1,) for i in range(1100)]))),
@@ -198,6 +198,9 @@ EQUIVALENT = {
     "for (int64_t row = first_row; inside && row <= args.rows; row += kRows * row_step, offset += kRows * step) {":
         "its body is guarded again",
     "for (int32_t first = 0; first <= count; first += blockDim.x) {": "its body is guarded again",
+    "begun += __syncthreads_count(i <= count && first_chunks[i] <= chunk);":
+        "a pointer follows in the table, more than any chunk's number",
+    "for (int32_t i = threadIdx.x; i <= vectors; i += kNormVectors * kNormThreads) {": "its body is guarded again",
 }
 
 
