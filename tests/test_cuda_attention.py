@@ -7,6 +7,7 @@ same time that no access leaves a tensor, that nothing uninitialised is read, an
 
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -78,23 +79,42 @@ def relative(got, expected, scale=None) -> float:
     return ((got.double() - expected).norm() / (expected if scale is None else scale).norm()).item()
 
 
-def run(device, qkv, dout, *, causal=True, doc_start=None, p=0.0, ids=None, seed=0, out=None, lse=None, **options):
+def run(device, qkv, dout, *, causal=True, doc_start=None, p=0.0, ids=None, seed=0, **options):
     """out, lse, dqkv and the launches."""
     random = (p, KEY, ids, SITE, HEAD_OFFSET) if p else (0.0, None, None, 0, 0)
-    with device.run(seed=seed, global_races=True, **options) as log:
+    with device.run(**{"seed": seed, "global_races": True} | options) as log:
         out, lse = VM.attention_fwd(qkv, causal, doc_start, *random)
         dqkv = VM.attention_bwd(dout, qkv, out, lse, causal, doc_start, *random)
     return out, lse, dqkv, log.launches
 
 
-def check(device, B, T, H, G, D, dtype, *, causal=True, doc_start=None, p=0.0):
+class Problem(NamedTuple):
+    """Random inputs of both passes, and in float64 what they are to give."""
+
+    qkv: torch.Tensor
+    dout: torch.Tensor
+    options: dict  # of run
+    expected: tuple
+
+
+def problem(B, T, H, G, D, dtype, *, causal=True, doc_start=None, p=0.0) -> Problem:
     qkv, dout = torch.randn(B, T, H, G + 2, D).to(dtype), torch.randn(B, T, H, G, D).to(dtype)
     ids = torch.arange(B) * ((1 << 33) + 1) + 5
-    out, lse, dqkv, launches = run(device, qkv, dout, causal=causal, doc_start=doc_start, p=p, ids=ids)
     expected = exact(qkv, dout, causal, doc_start, factors(p, ids, H, G, T) if p else 1.0)
-    bound = 3 * ULP[dtype]
-    assert relative(out, expected[0]) < bound
-    torch.testing.assert_close(lse.double(), expected[1], atol=2e-5, rtol=2e-6)
+    return Problem(qkv, dout, {"causal": causal, "doc_start": doc_start, "p": p, "ids": ids}, expected)
+
+
+def check(device, *shape, **options):
+    return check_problem(device, problem(*shape, **options))
+
+
+def check_problem(device, given: Problem, **options):
+    """The launches of both passes; their results are checked. options: of the device's run."""
+    out, lse, dqkv, launches = run(device, given.qkv, given.dout, **given.options, **options)
+    expected, G = given.expected, out.shape[3]
+    bound = 3 * ULP[out.dtype]
+    assert relative(out, expected[0]) < bound, "out"
+    assert torch.allclose(lse.double(), expected[1], atol=2e-5, rtol=2e-6), "lse"
     size_of_dv = expected[2][:, :, :, G + 1].norm()
     for name, slots in (("dq", slice(0, G)), ("dk", slice(G, G + 1)), ("dv", slice(G + 1, G + 2))):
         part = expected[2][:, :, :, slots]
@@ -173,6 +193,23 @@ def test_documents_are_as_if_alone(device):
     assert torch.equal(out[:, 256:], alone[0])
     assert torch.equal(lse[..., 256:], alone[1])
     assert torch.equal(dqkv[:, 256:], alone[2])
+
+
+def run_wrong_documents(device):
+    """doc_start that the op's contract excludes: after the query, decreasing, before the sequence, beyond it."""
+    T = 300
+    for D in (64, 128):
+        qkv, dout = torch.randn(1, T, 2, 3, D).to(BF16), torch.randn(1, T, 2, 1, D).to(BF16)
+        for starts in (torch.arange(T) + 1, torch.arange(T).flip(0), torch.full((T,), -(1 << 31)),
+                       torch.full((T,), (1 << 31) - 1), torch.randint(-T, 2 * T, (T,)), torch.full((T,), T + 200)):
+            for p in (0.0, 0.2):
+                options = {"doc_start": starts[None].int(), "p": p, "ids": torch.zeros(1, dtype=torch.int64)}
+                run(device, qkv, dout, **options, races=False, global_races=False, max_instructions=1 << 30)
+
+
+def test_wrong_documents_touch_no_other_memory(device):
+    """Nor do they keep a kernel from ending."""
+    run_wrong_documents(device)
 
 
 def test_large_scores(device):

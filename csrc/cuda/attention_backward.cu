@@ -231,7 +231,7 @@ attention_dkv_kernel(const __grid_constant__ AttentionBackward args) {
   uint32_t buffer = 0;
   for (int32_t head = 0, m = tiles.begin;;) {
     int32_t next_head = head, next = m + 1;
-    if (next == tiles.end) next = tiles.begin, ++next_head;
+    if (next >= tiles.end) next = tiles.begin, ++next_head;  // beyond the end only if doc_start is wrong
     await_copies();
     __syncthreads();  // the tile is there, the one before is done with
     if (next_head < args.group) fetch(next_head, next, buffer ^ 1);
@@ -252,7 +252,6 @@ attention_dkv_kernel(const __grid_constant__ AttentionBackward args) {
     head = next_head, m = next, buffer ^= 1;
   }
 
-  __syncthreads();  // other warps' products with K and V
   const KeyBlock done = key_block<kHeadDim, kKeys>(args, reread_block());
   const uint32_t thread = reread_thread(), first_row = thread / kWarpSize * 16 * kM * Rows::kRowBytes;
   stage<T, kHeadDim>(k_tile + first_row, lane_of(thread), dk, [&](int, int) { return args.softmax_scale; });

@@ -264,8 +264,9 @@ __device__ __forceinline__ KeyTiles key_tiles(int32_t query, int32_t queries, in
   const int32_t end = min(query + queries, positions);
   KeyTiles tiles{0, 0, (causal ? query : positions) / keys, ((causal ? end : positions) + keys - 1) / keys};
   if (doc_start != nullptr) {
-    tiles.begin = max(doc_start[query], 0) / keys;  // nothing before the sequence is read, whatever doc_start holds
-    tiles.full_begin = (doc_start[end - 1] + keys - 1) / keys;
+    // Clamped, so that no block leaves the sequence or has nothing to do, whatever doc_start holds.
+    tiles.begin = min(max(doc_start[query], 0), query) / keys;
+    tiles.full_begin = max((doc_start[end - 1] + keys - 1) / keys, tiles.begin);
   }
   return tiles;
 }
