@@ -197,8 +197,8 @@ def main() -> None:
     moved, sizes = list(traffic.counted(device)), launched_sizes(device)
     found = [kernel for arch in args.arch for kernel in kernels(device.ptx, arch, sizes)]
     head = [
-        f"date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC  ",
-        f"command   python -m benchmarks.static {shlex.join(sys.argv[1:])}".rstrip() + "  ",
+        f"date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"command   python -m benchmarks.static {shlex.join(sys.argv[1:])}".rstrip(),
         f"versions  {versions()}",
     ]
     print(markdown(head, args.arch, found, moved))
