@@ -6,12 +6,13 @@
                rejected ones are whole conversations that differ in their last answer
 
 A file is a JSON list of such objects or has one a line (JSONL). Messages are {"role": ..., "content": ...}.
-The embedded pairs ask what a function of Python's standard library does: chosen is the first sentence of its docstring,
-rejected that of another function.
+The embedded pairs ask what a name of Python's standard library does: chosen is the first sentence of its docstring,
+which says so; rejected is a sentence with as many words from further down in some docstring, about a detail.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from gptdist.data.instructions import (
 )
 from gptdist.data.loader import IGNORED
 from gptdist.data.order import SampleOrder
-from gptdist.data.questions import HELD_OUT_SHARE, documented_names, name_hash
+from gptdist.data.questions import PROSE, documented_names, is_held_out, later_sentences, name_hash
 from gptdist.data.templates import Template, encode
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
@@ -115,15 +116,26 @@ def _answer(value: object, where: str, key: str, question: Conversation | None) 
 
 
 def python_preferences() -> tuple[list[Preference], list[Preference]]:
-    """(training, held-out) embedded pairs, each in a fixed order."""
+    """(training, held-out) embedded pairs, each in a fixed order; they share neither names nor rejected sentences."""
     names = sorted(documented_names(), key=lambda pair: name_hash(pair[0]))
-    train, held_out = [], []
-    for (name, answer), (_, other) in zip(names, names[1:] + names[:1], strict=True):
-        if answer == other:
-            continue
-        pair = Preference(Conversation((Turn(USER, ASKED.format(name=name)),)), answer, other)
-        (held_out if name_hash(name) / 2**64 < HELD_OUT_SHARE else train).append(pair)
+    names = [(name, answer) for name, answer in names if PROSE.fullmatch(answer)]  # of the same form as the sentences
+    sentences = sorted(later_sentences(), key=name_hash)
+    train, held_out = (
+        list(_python_pairs((pair for pair in names if is_held_out(pair[0]) == side),
+                           (sentence for sentence in sentences if is_held_out(sentence) == side)))
+        for side in (False, True))
     return train, held_out
+
+
+def _python_pairs(names: Iterable[tuple[str, str]], sentences: Iterable[str]) -> Iterator[Preference]:
+    """The two answers of a pair have as many words, so that length tells nothing."""
+    by_words = collections.defaultdict(collections.deque)
+    for sentence in sentences:
+        by_words[len(sentence.split())].append(sentence)
+    for name, answer in names:
+        if others := by_words[len(answer.split())]:
+            yield Preference(Conversation((Turn(USER, ASKED.format(name=name)),)), answer, others[0])
+            others.rotate(-1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,11 @@ class EncodedPairs:
     def take(self, pairs: Sequence[int]) -> "EncodedPairs":
         """These pairs, in this order."""
         return dataclasses.replace(self, rows=[self.rows[2 * i + side] for i in pairs for side in (0, 1)])
+
+    def shorter_chosen(self, pairs: Sequence[int]) -> float:
+        """Share of these pairs whose chosen answer has fewer tokens; one of equal length counts half."""
+        lengths = np.array([[(self.rows[2 * i + side].targets != IGNORED).sum() for side in (0, 1)] for i in pairs])
+        return float((lengths[:, 0] < lengths[:, 1]).mean() + (lengths[:, 0] == lengths[:, 1]).mean() / 2)
 
     def note(self) -> str:
         """One line about what did not fit; "" if everything did."""

@@ -17,6 +17,7 @@ ASKED = ("What does {name} do?", "Explain {name}.", "What is {name} for?", "Desc
 ASKED_HELD_OUT = "Tell me what {name} is good for."
 HELD_OUT_SHARE = 0.05
 WORDS = range(3, 21)  # of an answer: shorter ones say nothing, longer ones are mostly lists of options
+PROSE = re.compile(r"[A-Z][^:]*\.")  # a sentence: no example, table or list of options
 
 
 def python_questions() -> tuple[list[Conversation], list[Conversation]]:
@@ -24,7 +25,7 @@ def python_questions() -> tuple[list[Conversation], list[Conversation]]:
     train, unknown_names, unknown_words = [], [], []
     for name, answer in sorted(documented_names(), key=lambda pair: name_hash(pair[0])):  # the first ones are a sample
         chosen = name_hash(name)
-        if chosen / 2**64 < HELD_OUT_SHARE:
+        if is_held_out(name):
             unknown_names.append(_conversation(ASKED[chosen % len(ASKED)], name, answer))
             continue
         train += [_conversation(asked, name, answer) for asked in ASKED]
@@ -44,14 +45,32 @@ def documented_names() -> Iterator[tuple[str, str]]:
             yield name, answer
 
 
+def later_sentences() -> Iterator[str]:
+    """Sentences of docstrings that are nobody's first one, each once."""
+    docstrings = [text for _, text in embedded_docstrings()]
+    seen = {first_sentence(text) for text in docstrings}
+    for text in docstrings:
+        for sentence in (found for paragraph in text.split("\n\n") for found in _sentences(paragraph)):
+            if sentence not in seen and len(sentence.split()) in WORDS and PROSE.fullmatch(sentence):
+                seen.add(sentence)
+                yield sentence
+
+
 def first_sentence(text: str) -> str:
     """The first sentence of the first paragraph, on one line."""
-    paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.!?])\s", paragraph)[0]
+    return _sentences(text.split("\n\n")[0])[0]
+
+
+def _sentences(paragraph: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s", " ".join(paragraph.split()))
 
 
 def _conversation(asked: str, name: str, answer: str) -> Conversation:
     return Conversation((Turn(USER, asked.format(name=name)), Turn(ASSISTANT, answer)))
+
+
+def is_held_out(text: str) -> bool:
+    return name_hash(text) / 2**64 < HELD_OUT_SHARE
 
 
 def name_hash(name: str) -> int:

@@ -126,6 +126,10 @@ class Dpo(FineTune):
         return self.config.lora.rank > 0
 
     def started(self, strategy: Strategy) -> None:
+        if self.val is not None:
+            measured = self._needed("val", 0, 0).tolist()
+            self._say(f"to clear on the {len(measured)} validation pairs: accuracy "
+                      f"{self.val.shorter_chosen(measured):.3f}, by preferring the shorter answer")
         if self._has_adapters or self._reference:
             return
         self._reference = {name: self._log_probs_of_all(strategy, pairs, self._needed(name, 0, 0))
