@@ -34,9 +34,9 @@ LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
 CUDA_ROWS, BUFFER_COLUMNS = 64, 32
 
 
-def _chunks(rows: int, width: int, multiple: int = 1) -> list[slice]:
-    """Slices of `rows`, each but the last of a number of rows that `multiple` divides."""
-    return _slices(rows, max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)) // multiple * multiple)
+def _chunks(rows: int, width: int) -> list[slice]:
+    """Slices of `rows` that give BUFFER_ELEMENTS at most, or LEAST_ROWS."""
+    return _slices(rows, max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)))
 
 
 def _slices(rows: int, step: int) -> list[slice]:
@@ -156,15 +156,15 @@ def _backend(hidden):
     return choose("linear_cross_entropy", hidden.device, hidden.dtype).backend
 
 
-def _cpu_step(width, dtype):
-    """Rows per chunk on a CPU. Not a matter of the backend: shapes that the forward returns depend on it."""
-    return max(LEAST_ROWS, CPU_BUFFER_BYTES // (width * dtype.itemsize))
+def _step(hidden, width):
+    """Rows per chunk. A matter of the device, not of the backend: shapes that the forward returns depend on it."""
+    if on_cuda(hidden.device):
+        return max(LEAST_ROWS, BUFFER_ELEMENTS // width) // CUDA_ROWS * CUDA_ROWS
+    return max(LEAST_ROWS, CPU_BUFFER_BYTES // (width * hidden.dtype.itemsize))
 
 
 def _linear_chunks(hidden, width):
-    if on_cuda(hidden.device):
-        return _chunks(hidden.shape[0], width, CUDA_ROWS)
-    return _slices(hidden.shape[0], _cpu_step(width, hidden.dtype))
+    return _slices(hidden.shape[0], _step(hidden, width))
 
 
 def _logits(h, w, buffer):
@@ -337,7 +337,7 @@ def _linear_gradients(hidden, weight, need_hidden, need_weight):
 def _(hidden, weight, targets, shadow, vocab_size, ignore_index, with_dhidden, with_dweight):
     loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
     product = hidden.new_empty(weight.shape if with_dweight else (0,))
-    several = with_dweight and hidden.shape[0] > _cpu_step(vocab_size, hidden.dtype)
+    several = with_dweight and hidden.shape[0] > _step(hidden, vocab_size)
     total = _empty_total(weight, hidden.dtype, several)
     return loss, torch.empty_like(loss), _empty_like(hidden, with_dhidden), product, total
 
