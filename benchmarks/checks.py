@@ -174,7 +174,7 @@ def check_opcheck(device: torch.device) -> Iterator[Check]:
     head, targets = torch.randn(9, 64, device=device), torch.tensor([1, 2, -100, 4], device=device)
     key, ids = ops.dropout_key(1, 2, device), torch.arange(2, device=device)
     arguments = {
-        "layer_norm_fwd": (x, weight, weight, 1e-5),
+        "layer_norm_fwd": (x, weight, weight, 1e-5, x.dtype),
         "layer_norm_bwd": (x, x, row, row, weight, weight),
         "residual_layer_norm_fwd": (x.bfloat16(), x, weight, None, 1e-5),
         "residual_layer_norm_bwd": (x.bfloat16(), x, x, row, row, weight, None),
@@ -182,8 +182,8 @@ def check_opcheck(device: torch.device) -> Iterator[Check]:
         "bias_gelu_bwd": (x, x, weight),
         "cross_entropy_fwd": (x, targets, -100),
         "cross_entropy_bwd": (row, x, targets, row, -100),
-        "linear_cross_entropy_fwd": (x, head, targets, 8, -100),
-        "linear_cross_entropy_bwd": (row, x, head, targets, row, 8, -100, True, True),
+        "linear_cross_entropy_fwd": (x, head, targets, None, 8, -100, False, False),
+        "linear_cross_entropy_bwd": (row, x, head, targets, None, row, None, None, None, 8, -100, True, True),
         "dropout": (x.view(2, 2, 64), 0.2, key, ids, 1, 0),
     }
     for name, values in arguments.items():

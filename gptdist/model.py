@@ -91,6 +91,10 @@ class Whole:
         """tokens (B, T) -> (B, T_own, C)."""
         return wte(tokens)
 
+    def embed_tied(self, wte: nn.Embedding, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """embed(), and the weight for the head."""
+        return ops.tied_embedding(tokens, wte.weight)
+
     def own(self, positions: Tensor) -> Tensor:
         """(..., T) -> (..., T_own)."""
         return positions
@@ -253,18 +257,19 @@ class GPT(nn.Module):
             block.recompute = every > 0 and i % every == 0
 
     def hidden(self, tokens: Tensor, *, dropout: Dropout | None = None, doc_start: Tensor | None = None,
-               restart_positions: bool = False, cache: Cache | None = None) -> Tensor:
+               restart_positions: bool = False, cache: Cache | None = None, embedded: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> hidden states (B, T, C) after the final norm, of all positions.
 
         doc_start (B, T) int32: first position each position may attend to. restart_positions: positions count from
         there, so that a document is what it would be in a row of its own. With a cache the tokens continue its rows.
+        embedded: what parallel.embed makes of the tokens, where that is known.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
         if restart_positions:
             positions = positions - doc_start  # (B, T)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-        x = self.parallel.embed(self.wte, tokens)
+        x = self.parallel.embed(self.wte, tokens) if embedded is None else embedded
         rope = None
         if self.wpe is not None:
             x = x + self.wpe(self.parallel.own(positions))
@@ -299,13 +304,16 @@ class LanguageModel(GPT):
 
         Without targets: the logits (B, vocab_size) fp32 after position at[b] of each row, to generate from.
         """
-        hidden = self.hidden(tokens, dropout=dropout, doc_start=doc_start, restart_positions=restart_positions,
-                             cache=cache)
+        options = dict(dropout=dropout, doc_start=doc_start, restart_positions=restart_positions, cache=cache)
         if targets is None:
+            hidden = self.hidden(tokens, **options)
             return self.logits(hidden[torch.arange(len(at), device=at.device), at])
-        shadow = self.head_shadow
+        embedded, weight, shadow = None, self.head_weight, self.head_shadow
+        if self.head is None:
+            embedded, weight = self.parallel.embed_tied(self.wte, tokens)
+        hidden = self.hidden(tokens, embedded=embedded, **options)
         losses = self.parallel.linear_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets.flatten(),
+            hidden.flatten(0, 1), weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE,
             shadow=shadow if shadow is not None and shadow.dtype == hidden.dtype else None)
         return losses.view_as(targets).clone()  # FSDP's hooks want an output that is not a view

@@ -10,6 +10,7 @@ from .bias_gelu import bias_gelu
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .decode_attention import decode_attention
 from .dropout import dropout
+from .embedding import tied_embedding
 from .grad_norm import grad_norm
 from .layer_norm import layer_norm, residual_layer_norm
 from .linear_logsumexp import linear_logsumexp
@@ -31,4 +32,5 @@ __all__ = [
     "residual_layer_norm",
     "rope",
     "rope_tables",
+    "tied_embedding",
 ]

@@ -8,9 +8,10 @@ hidden states' dtype, the softmax in fp32 (fp64 for float64), and dW is summed o
 
 Gradients of linear_cross_entropy, where the upstream gradient of every token's loss is arbitrary:
 
-- On a CPU the forward turns each chunk of logits into their gradient for an upstream gradient of 1, and keeps dh and dW
-  for it. Where all losses turn out to have one upstream gradient (a mean or a sum of them), the backward scales: three
-  products of (N, V) by C in all. dh scales row by row in any case; a dW of differently weighted losses is computed anew.
+- On a CPU the forward turns each chunk of logits into their gradient for an upstream gradient of 1, and keeps dh and
+  dW for it. Where all losses turn out to have one upstream gradient (a mean or a sum of them), the backward scales:
+  three products of (N, V) by C in all. dh scales row by row in any case; dW of differently weighted losses is computed
+  anew.
 - On an accelerator, where to look at the upstream gradient would be to wait for the device, the backward computes the
   logits again, chunk by chunk: four products.
 
@@ -22,9 +23,9 @@ import torch
 
 from .backends import ALIGNMENT, aligned, choose, compute_dtype, custom_op, kernels, on_cuda
 
-# Of the buffer of logits. 64 MiB of fp32 are 333 rows of GPT-2's vocabulary, enough to keep a GEMM of the other operands
-# efficient. On a CPU dW is worth more: each chunk writes it once, and adds it in fp32 where products are in 16 bits, 460
-# MB of traffic for GPT-2 124M; 128 MiB are 1335 rows in bf16, a micro-batch of 1024 tokens whole.
+# Of the buffer of logits. 64 MiB of fp32 are 333 rows of GPT-2's vocabulary, enough rows to keep a GEMM efficient. On a
+# CPU dW wants more: each chunk writes it once, and adds it in fp32 where products are in 16 bits, 460 MB of traffic for
+# GPT-2 124M; 128 MiB are 1335 rows in bf16, a micro-batch of 1024 tokens whole.
 BUFFER_ELEMENTS = 1 << 24
 CPU_BUFFER_BYTES = 1 << 27
 LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
@@ -33,9 +34,9 @@ LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
 CUDA_ROWS, BUFFER_COLUMNS = 64, 32
 
 
-def _chunks(rows: int, width: int, multiple: int = 1) -> list[slice]:
-    """Slices of `rows`, each but the last of a number of rows that `multiple` divides."""
-    return _slices(rows, max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)) // multiple * multiple)
+def _chunks(rows: int, width: int) -> list[slice]:
+    """Slices of `rows` that give BUFFER_ELEMENTS at most, or LEAST_ROWS."""
+    return _slices(rows, max(LEAST_ROWS, BUFFER_ELEMENTS // max(1, width)))
 
 
 def _slices(rows: int, step: int) -> list[slice]:
@@ -155,15 +156,15 @@ def _backend(hidden):
     return choose("linear_cross_entropy", hidden.device, hidden.dtype).backend
 
 
-def _cpu_step(width, dtype):
-    """Rows per chunk on a CPU. Not a matter of the backend: shapes that the forward returns depend on it."""
-    return max(LEAST_ROWS, CPU_BUFFER_BYTES // (width * dtype.itemsize))
+def _step(hidden, width):
+    """Rows per chunk. A matter of the device, not of the backend: shapes that the forward returns depend on it."""
+    if on_cuda(hidden.device):
+        return max(LEAST_ROWS, BUFFER_ELEMENTS // width) // CUDA_ROWS * CUDA_ROWS
+    return max(LEAST_ROWS, CPU_BUFFER_BYTES // (width * hidden.dtype.itemsize))
 
 
 def _linear_chunks(hidden, width):
-    if on_cuda(hidden.device):
-        return _chunks(hidden.shape[0], width, CUDA_ROWS)
-    return _slices(hidden.shape[0], _cpu_step(width, hidden.dtype))
+    return _slices(hidden.shape[0], _step(hidden, width))
 
 
 def _logits(h, w, buffer):
@@ -336,7 +337,7 @@ def _linear_gradients(hidden, weight, need_hidden, need_weight):
 def _(hidden, weight, targets, shadow, vocab_size, ignore_index, with_dhidden, with_dweight):
     loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
     product = hidden.new_empty(weight.shape if with_dweight else (0,))
-    several = with_dweight and hidden.shape[0] > _cpu_step(vocab_size, hidden.dtype)
+    several = with_dweight and hidden.shape[0] > _step(hidden, vocab_size)
     total = _empty_total(weight, hidden.dtype, several)
     return loss, torch.empty_like(loss), _empty_like(hidden, with_dhidden), product, total
 
@@ -397,8 +398,8 @@ def linear_cross_entropy(
     """Per-token losses (N,), fp32 (fp64 for float64), of the logits hidden @ weight.T; 0 where ignored.
 
     hidden: (N, C). weight: (V, C); rows at and beyond `vocab_size` are padding, with logits of -inf. targets: int64
-    (N,). Products run in hidden's dtype. shadow: weight in that dtype, read in its place; the gradient is weight's, in
-    weight's dtype. Without one weight is cast, anew in a backward that computes (see above). Raises ValueError for arguments that do not fit, and on a CPU for a target
+    (N,). Products run in hidden's dtype. shadow: weight in that dtype, read in its place, where it would be cast; the
+    gradient is weight's, in weight's dtype. Raises ValueError for arguments that do not fit, and on a CPU for a target
     out of range; the CUDA kernels make the loss and gradients of such a row NaN.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -413,8 +414,8 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: vocab_size is {vocab_size}, expected 1 to {V} (rows of weight)")
     if shadow is not None and (shadow.shape, shadow.dtype) != (weight.shape, hidden.dtype):
         raise ValueError(
-            f"linear_cross_entropy: shadow is {shadow.dtype} {tuple(shadow.shape)}, expected hidden's {hidden.dtype} and "
-            f"weight's {tuple(weight.shape)}"
+            f"linear_cross_entropy: shadow is {shadow.dtype} {tuple(shadow.shape)}, expected hidden's {hidden.dtype} "
+            f"and weight's {tuple(weight.shape)}"
         )
     in_forward = torch.is_grad_enabled() and hidden.device.type == "cpu" and not on_cuda(hidden.device)
     wanted = in_forward and hidden.requires_grad, in_forward and weight.requires_grad

@@ -96,6 +96,9 @@ class TensorParallel(Whole):
         x = F.embedding(index.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0.0)
         return _SumToOwn.apply(x, self.group)
 
+    def embed_tied(self, wte: nn.Embedding, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(wte, tokens), wte.weight
+
     def own(self, positions: Tensor) -> Tensor:
         return positions.chunk(self.size, dim=-1)[self.rank]
 
