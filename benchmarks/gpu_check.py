@@ -172,7 +172,9 @@ def main() -> int:
         if problem:
             print(f"gpu_check: no GPU: {problem}", file=sys.stderr)
             return EXIT_NO_DEVICE
-    device = args.device or torch.device("cuda", torch.cuda.current_device())
+    device = args.device or torch.device("cuda")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if args.section:
         run_section(args.section, device, args.results)
         return 0

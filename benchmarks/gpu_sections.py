@@ -104,6 +104,6 @@ def setup(device: torch.device) -> None:
     torch.manual_seed(0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        problem = backends.cuda_problem(device.index or 0)
+        problem = backends.cuda_problem(device.index)
         if problem:
             print(f"gpu_check: the kernels do not run: {problem}", file=sys.stderr)

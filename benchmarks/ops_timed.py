@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,7 +37,7 @@ class Way:
 class Op:
     """One op at one dtype and shape. bytes and flops: what forward and backward must move and compute.
 
-    Ops without a backward (an optimizer's step, a norm) say so; then only the first of each counts.
+    Ops without a backward (a norm, decoding) say so; then only the first of each counts.
     """
 
     shape: str

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_checks_pass_on_the_test_device(device):
 
 def test_attention_checks_pass_on_the_test_device(device):
     with device.run(races=False) as log:
-        found = list(attention_checks.correctness(CPU, lengths=(7, 70), long=140))
+        found = list(attention_checks.correctness(CPU, lengths=(70,), long=140))
     assert log.launches
     assert [check for check in found if not check.ok] == []
     wanted = {"attention out", "attention dq", "attention dk", "attention dv", "attention repeated"}
@@ -151,22 +152,29 @@ def test_sections_and_report(tmp_path):
     assert not gpu_check.failed(outcomes[:-1])
 
 
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def python(text: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(text)]
 
 
 def test_deadlines_and_crashes(tmp_path, monkeypatch):
     """A section that hangs is killed with what it started and keeps its results; one that crashes says so."""
-    marker = tmp_path / "grandchild-lives"
+    grandchild = tmp_path / "grandchild"
     hangs = f"""
         import subprocess, sys, time
+        open({str(grandchild)!r}, "w").write(str(subprocess.Popen(["sleep", "60"]).pid))
         open(sys.argv[1], "w").write('["check", {{"ok": true}}]\\n["check", {{"ok"')
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4); open({str(marker)!r}, 'w')"])
         time.sleep(60)
     """
     crashes = "raise SystemExit('an illegal address')"
     texts = {"ops": hangs, "attention": crashes}
-    section = gpu_sections.Section("title", None, 2.0)
+    section = gpu_sections.Section("title", None, 4.0)
     monkeypatch.setattr(gpu_check, "SECTIONS", dict.fromkeys(("ops", "attention", "times"), section))
     monkeypatch.setattr(gpu_check, "LEAST_S", 0.5)
     saved = []
@@ -182,10 +190,9 @@ def test_deadlines_and_crashes(tmp_path, monkeypatch):
     assert saved == [1, 2, 3]
     assert outcomes[0].results == [("check", {"ok": True})]
     notes = [outcome.note for outcome in outcomes]
-    assert notes == ["cut after 2 s", "ended with exit code 1: an illegal address", "compute-sanitizer is not here"]
+    assert notes == ["cut after 4 s", "ended with exit code 1: an illegal address", "compute-sanitizer is not here"]
     assert gpu_check.failed(outcomes)
-    time.sleep(4.5)
-    assert not marker.exists()
+    assert not is_running(int(grandchild.read_text()))
 
 
 def test_a_used_up_budget_leaves_sections_out():

@@ -25,8 +25,8 @@ def test_times_are_medians_of_alternating_calls():
 
     found = timing.alternating({"a": first, "b": lambda: calls.append("b")}, CPU, repeats=3, limit_s=60)
     assert calls == ["a"] * timing.WARM_UPS + ["b"] * timing.WARM_UPS + ["a", "b"] * 3
-    assert 2.0 <= found["a"].ms < 15.0
-    assert found["b"].ms < 1.0
+    assert 2.0 <= found["a"].ms < 20.0  # the median, not the mean
+    assert found["b"].ms < found["a"].ms
 
 
 def test_a_function_that_refuses_says_why():
