@@ -100,7 +100,8 @@ def torch_library(name: str, sources: list[str], **kwargs) -> CppExtension:
 def c_library() -> CppExtension:
     # Without the two floating-point flags a compiler may not turn the kernels' selects into vector code.
     flags = [*CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
-    return torch_library("_C", ["csrc/ops.cpp", "csrc/cpu/bias_gelu.cpp"], extra_compile_args=flags)
+    sources = ["csrc/ops.cpp", *Path("csrc").glob("ops_cpu_*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    return torch_library("_C", sorted(map(str, sources)), extra_compile_args=flags)
 
 
 def cuda_library() -> CppExtension:

@@ -26,16 +26,16 @@ constexpr int64_t kRowsPerPartial = gptdist::cpu::kRowsPerPartial;
 // Elements worth a thread's while: below about 30 microseconds of work, waking a thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 16;
 
-std::atomic<Isa>& active_isa() {
+std::atomic<Isa>& selected_isa() {
   static std::atomic<Isa> isa{gptdist::cpu::best_isa()};
   return isa;
 }
 
-// Select an instruction set (0 portable, 1 AVX2, 2 AVX-512; any other value leaves it) no higher than the processor's
-// best. Returns the one in use. For tests and diagnosis.
+// Select an instruction set (0 portable, 1 AVX2, 2 AVX-512, 3 with bf16 products; any other value leaves it) no higher than
+// the processor's best. Returns the one in use. For tests and diagnosis.
 int64_t cpu_isa(int64_t level) {
-  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) active_isa() = Isa(level);
-  return int64_t(active_isa().load());
+  if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) selected_isa() = Isa(level);
+  return int64_t(selected_isa().load());
 }
 
 struct Shape {
@@ -69,7 +69,7 @@ void parallel_blocks(Shape shape, int64_t rows_per_block, const Body& body) {
 template <class T>
 void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = active_isa();
+  const Isa isa = selected_isa();
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* y_data = static_cast<T*>(y.data_ptr());
   const float* bias_data = bias_pointer(bias);
@@ -82,7 +82,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
 template <class T>
 void backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, Tensor& dx, float* partials) {
   const Shape shape = rows_and_channels(x);
-  const Isa isa = active_isa();
+  const Isa isa = selected_isa();
   const T* dy_data = static_cast<const T*>(dy.data_ptr());
   const T* x_data = static_cast<const T*>(x.data_ptr());
   T* dx_data = static_cast<T*>(dx.data_ptr());
@@ -142,6 +142,12 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
 }
 
 }  // namespace
+
+namespace gptdist {
+
+cpu::Isa active_isa() { return selected_isa(); }
+
+}  // namespace gptdist
 
 STABLE_TORCH_LIBRARY(gptdist_c, m) {
   for (const char* schema : gptdist::kSchemas) m.def(schema);

@@ -17,10 +17,6 @@
 
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GPTDIST_X86 1
-#endif
-
 #define GPTDIST_INLINE inline __attribute__((always_inline))
 
 namespace gptdist::cpu {
@@ -155,7 +151,7 @@ template <class T> GPTDIST_AVX512 void backward_avx512(const Backward<T>& a) { b
 template <class T>
 void dispatch_forward(const Forward<T>& a, [[maybe_unused]] Isa isa) {
 #ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return forward_avx512(a);
+  if (isa >= Isa::kAvx512) return forward_avx512(a);
   if (isa == Isa::kAvx2) return forward_avx2(a);
 #endif
   forward(a);
@@ -164,7 +160,7 @@ void dispatch_forward(const Forward<T>& a, [[maybe_unused]] Isa isa) {
 template <class T>
 void dispatch_backward(const Backward<T>& a, [[maybe_unused]] Isa isa) {
 #ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return backward_avx512(a);
+  if (isa >= Isa::kAvx512) return backward_avx512(a);
   if (isa == Isa::kAvx2) return backward_avx2(a);
 #endif
   backward(a);
@@ -177,7 +173,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif

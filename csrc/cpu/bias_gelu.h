@@ -3,10 +3,14 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GPTDIST_X86 1
+#endif
+
 namespace gptdist::cpu {
 
 // Instruction sets, ascending. A level runs only where the processor has it.
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 Isa best_isa();
 
