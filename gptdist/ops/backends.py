@@ -53,7 +53,10 @@ class Kernel(NamedTuple):
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
 COMPILED = {
-    "cpu": {"bias_gelu": Kernel((torch.float32, torch.bfloat16))},
+    "cpu": {
+        "attention": Kernel((torch.float32, torch.bfloat16), "head dimension in multiples of 16 up to 256"),
+        "bias_gelu": Kernel((torch.float32, torch.bfloat16)),
+    },
     "cuda": {
         "attention": Kernel(_HALVES[1:], "head dimension 64 or 128"),
         "layer_norm": _NORM,
@@ -142,10 +145,13 @@ def version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def choose(op: str, device: torch.device | str, dtype: torch.dtype | None = None, misfit: str = "") -> Choice:
+def choose(
+    op: str, device: torch.device | str, dtype: torch.dtype | None = None, misfit: str = "", cpu_misfit: str = ""
+) -> Choice:
     """The backend that `op` runs on for a device and, where given, a dtype.
 
-    misfit: why a tensor's shape does not suit the CUDA kernel, or the empty string (see width_misfit).
+    misfit, cpu_misfit: why a tensor's shape does not suit the CUDA or the CPU kernel, or the empty string (see
+    width_misfit).
     """
     if forced_reference():
         return Choice("reference", "forced by GPTDIST_OPS=reference")
@@ -156,9 +162,7 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype | None = None
         return Choice("reference", f"no {backend} kernel for this op")
     if dtype is not None and dtype not in kernel.dtypes:
         return Choice("reference", f"the {backend} kernel does not take {dtype}")
-    if backend == "cuda" and misfit:
-        return Choice("reference", misfit)
-    problem = _problem(device)
+    problem = (misfit if backend == "cuda" else cpu_misfit) or _problem(device)
     if problem:
         return Choice("reference", problem)
     return Choice(backend, f"takes {kernel}")
