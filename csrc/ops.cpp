@@ -14,8 +14,8 @@ using namespace gptdist;
 
 constexpr int64_t kRowsPerPartial = gptdist::cpu::kRowsPerPartial;
 
-// Select an instruction set (0 portable, 1 AVX2, 2 AVX-512; any other value leaves it) no higher than the processor's
-// best. Returns the one in use. For tests and diagnosis.
+// Select an instruction set (0 portable, 1 AVX2, 2 AVX-512, 3 with bf16 products; any other value leaves it) no higher than
+// the processor's best. Returns the one in use. For tests and diagnosis.
 int64_t cpu_isa(int64_t level) {
   if (level >= 0 && level <= int64_t(gptdist::cpu::best_isa())) active_isa() = Isa(level);
   return int64_t(active_isa().load());

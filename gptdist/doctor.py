@@ -20,7 +20,7 @@ from .ops import backends
 
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("deepspeed", "numpy", "tiktoken", "tokenizers", "safetensors", "transformers", "triton")
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def _version_line(command: list[str]) -> str | None:

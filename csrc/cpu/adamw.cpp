@@ -68,7 +68,7 @@ GPTDIST_AVX512 void step_avx512(const AdamWChunk& c, const AdamWScalars& s, floa
 
 void adamw(const AdamWChunk& chunk, const AdamWScalars& scalars, float grad_scale, [[maybe_unused]] Isa isa) {
 #ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return step_avx512(chunk, scalars, grad_scale);
+  if (isa >= Isa::kAvx512) return step_avx512(chunk, scalars, grad_scale);
   if (isa == Isa::kAvx2) return step_avx2(chunk, scalars, grad_scale);
 #endif
   step(chunk, scalars, grad_scale);

@@ -49,7 +49,7 @@ GPTDIST_AVX512 double sum_avx512(const void* x, Dtype dtype, int64_t elements) {
 
 double sum_of_squares(const void* x, Dtype dtype, int64_t elements, [[maybe_unused]] Isa isa) {
 #ifdef GPTDIST_X86
-  if (isa == Isa::kAvx512) return sum_avx512(x, dtype, elements);
+  if (isa >= Isa::kAvx512) return sum_avx512(x, dtype, elements);
   if (isa == Isa::kAvx2) return sum_avx2(x, dtype, elements);
 #endif
   return sum_chunk(x, dtype, elements);

@@ -30,7 +30,7 @@
   template <class Args> GPTDIST_AVX2 void kernel##_avx2(const Args& a) { kernel(a); }     \
   template <class Args> GPTDIST_AVX512 void kernel##_avx512(const Args& a) { kernel(a); } \
   template <class Args> void kernel##_at(const Args& a, Isa isa) {                   \
-    if (isa == Isa::kAvx512) return kernel##_avx512(a);                              \
+    if (isa >= Isa::kAvx512) return kernel##_avx512(a);                              \
     if (isa == Isa::kAvx2) return kernel##_avx2(a);                                  \
     kernel(a);                                                                       \
   }

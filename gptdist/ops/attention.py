@@ -10,9 +10,9 @@ again. Reads the packed qkv, writes out and L; the backward writes one packed dq
 float64). Sources: Vaswani et al. (2017) 3.2.1; Dao et al., "FlashAttention" (2022), appendix B; Ainslie et al.,
 "GQA" (2023).
 
-Three paths. `math` is the reference: blocks of queries over blocks of (batch, kv head) pairs, so that no more than
-BLOCK_ELEMENTS scores exist at once. `flash` hands the plain case on a CPU (no dropout, no documents) to PyTorch's own
-kernel. `cuda` is csrc/cuda/attention_*.cu.
+Four paths. `cuda` is csrc/cuda/attention_*.cu, `cpu` is csrc/cpu/attention_*. `math` is the reference: blocks of queries
+over blocks of (batch, kv head) pairs, so that no more than BLOCK_ELEMENTS scores exist at once. On a CPU, `flash` hands
+what the compiled kernels do not take to PyTorch's own, if it is plain (no dropout, no documents).
 """
 
 import math
@@ -183,9 +183,10 @@ def flash_backward(dout, qkv, out, lse):
     return dqkv
 
 
-# cuda path
+# compiled paths
 
 HEAD_DIMS = (64, 128)
+CPU_HEAD_DIM_STEP, CPU_MAX_HEAD_DIM = 16, 256  # csrc/cpu/attention.h
 
 
 def head_misfit(D: int) -> str:
@@ -193,8 +194,16 @@ def head_misfit(D: int) -> str:
     return "" if D in HEAD_DIMS else f"head dimension {D} is not 64 or 128"
 
 
-def _on_cuda(qkv) -> bool:
-    return choose("attention", qkv.device, qkv.dtype, head_misfit(qkv.shape[-1])).backend == "cuda"
+def cpu_head_misfit(D: int) -> str:
+    """Why the CPU kernels do not take heads of D elements, or the empty string."""
+    if 0 < D <= CPU_MAX_HEAD_DIM and D % CPU_HEAD_DIM_STEP == 0:
+        return ""
+    return f"head dimension {D} is no multiple of {CPU_HEAD_DIM_STEP} up to {CPU_MAX_HEAD_DIM}"
+
+
+def _backend(qkv) -> str:
+    D = qkv.shape[-1]
+    return choose("attention", qkv.device, qkv.dtype, head_misfit(D), cpu_head_misfit(D)).backend
 
 
 def _causal(doc_start, drop: Dropout):
@@ -213,6 +222,20 @@ def cuda_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
     return cuda_kernels().attention_bwd(*tensors, *_causal(doc_start, drop))
 
 
+def _heads_contiguous(x):
+    """x as the CPU kernels want it: any strides, but the elements of a head one after the other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def cpu_forward(qkv, doc_start, drop: Dropout):
+    return torch.ops.gptdist_c.attention_fwd(_heads_contiguous(qkv), *_causal(doc_start, drop))
+
+
+def cpu_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
+    dout, qkv, out = (_heads_contiguous(x) for x in (dout.to(qkv.dtype), qkv, out))
+    return torch.ops.gptdist_c.attention_bwd(dout, qkv, out, lse.contiguous(), *_causal(doc_start, drop))
+
+
 # the op
 
 
@@ -227,8 +250,11 @@ def _fwd(
     head_offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     drop = Dropout(dropout_p, key, sample_ids, site, head_offset)
-    if _on_cuda(qkv):
+    backend = _backend(qkv)
+    if backend == "cuda":
         return cuda_forward(qkv, doc_start, drop)
+    if backend == "cpu":
+        return cpu_forward(qkv, doc_start, drop)
     if _plain(qkv, doc_start, dropout_p):
         return flash_forward(qkv)
     return math_forward(qkv, doc_start, drop)
@@ -248,8 +274,11 @@ def _bwd(
     head_offset: int,
 ) -> torch.Tensor:
     drop = Dropout(dropout_p, key, sample_ids, site, head_offset)
-    if _on_cuda(qkv):
+    backend = _backend(qkv)
+    if backend == "cuda":
         return cuda_backward(dout, qkv, out, lse, doc_start, drop)
+    if backend == "cpu":
+        return cpu_backward(dout, qkv, out, lse, doc_start, drop)
     if _plain(qkv, doc_start, dropout_p):
         return flash_backward(dout, qkv, out, lse)
     return math_backward(dout, qkv, out, lse, doc_start, drop)

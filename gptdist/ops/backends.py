@@ -57,6 +57,7 @@ _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDT
 _ADAMW = Kernel((torch.float32,), "gradients in float32, bfloat16 or float16")
 COMPILED = {
     "cpu": {
+        "attention": Kernel(_CPU.dtypes, "head dimension in multiples of 16 up to 256"),
         "layer_norm": _CPU,
         "residual_layer_norm": _CPU,
         "bias_gelu": _CPU,
@@ -156,10 +157,13 @@ def version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def choose(op: str, device: torch.device | str, dtype: torch.dtype | None = None, misfit: str = "") -> Choice:
+def choose(
+    op: str, device: torch.device | str, dtype: torch.dtype | None = None, misfit: str = "", cpu_misfit: str = ""
+) -> Choice:
     """The backend that `op` runs on for a device and, where given, a dtype.
 
-    misfit: why a tensor's shape does not suit the CUDA kernel, or the empty string (see width_misfit).
+    misfit, cpu_misfit: why a tensor's shape does not suit the CUDA or the CPU kernel, or the empty string (see
+    width_misfit).
     """
     if forced_reference():
         return Choice("reference", "forced by GPTDIST_OPS=reference")
@@ -170,9 +174,7 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype | None = None
         return Choice("reference", f"no {backend} kernel for this op")
     if dtype is not None and dtype not in kernel.dtypes:
         return Choice("reference", f"the {backend} kernel does not take {dtype}")
-    if backend == "cuda" and misfit:
-        return Choice("reference", misfit)
-    problem = _problem(device)
+    problem = (misfit if backend == "cuda" else cpu_misfit) or _problem(device)
     if problem:
         return Choice("reference", problem)
     return Choice(backend, f"takes {kernel}")

@@ -1,0 +1,36 @@
+// attention for AVX2 and FMA.
+
+#include <cmath>
+#include <cstddef>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+
+#include "attention.h"
+
+#ifdef GPTDIST_X86
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define GPTDIST_ISA 1
+#include "attention_isa.h"
+
+namespace gptdist::cpu {
+
+constexpr AttentionKernels<float> kFp32Avx2 = Kernels<float, float>::table();
+constexpr AttentionKernels<Bf16> kBf16Avx2 = Kernels<Bf16, float>::table();
+
+}  // namespace gptdist::cpu
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // GPTDIST_X86

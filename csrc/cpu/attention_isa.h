@@ -1,0 +1,54 @@
+// The kernels of one instruction set. Each attention_*.cpp sets GPTDIST_ISA and the compiler's target, includes this
+// file and names its tables.
+
+#include "simd.h"
+#include "attention_tiles.h"
+#include "attention_forward.h"
+#include "attention_backward.h"
+
+namespace gptdist::cpu {
+namespace {
+
+// Kernels of their own for D = 64 and 128, whose loops know their length. AVX-512 alone is worth the code.
+constexpr bool kSpecialised = GPTDIST_ISA >= 2;
+
+// Unit: what T is computed in.
+template <class T, class Unit>
+struct Kernels {
+  static void forward(const AttentionForward<T>& args, const ForwardTask& task, std::byte* scratch) {
+    if constexpr (kSpecialised) {
+      if (args.shape.head_dim == 64) return forward_task<64, Unit>(args, task, scratch);
+      if (args.shape.head_dim == 128) return forward_task<128, Unit>(args, task, scratch);
+    }
+    forward_task<0, Unit>(args, task, scratch);
+  }
+
+  static void delta(const AttentionBackward<T>& args, int64_t b, int64_t h, Span queries) {
+    delta_rows(args, b, h, queries);
+  }
+
+  static void backward(const AttentionBackward<T>& args, const BackwardTask& task, std::byte* scratch) {
+    if constexpr (kSpecialised) {
+      if (args.shape.head_dim == 64) return backward_task<64, Unit>(args, task, scratch);
+      if (args.shape.head_dim == 128) return backward_task<128, Unit>(args, task, scratch);
+    }
+    backward_task<0, Unit>(args, task, scratch);
+  }
+
+  static size_t forward_scratch(const AttentionShape& shape, int64_t queries) {
+    Cutter cut(nullptr);
+    ForwardScratch<Unit>(cut, shape.group, queries, shape.head_dim);
+    return cut.used();
+  }
+
+  static size_t backward_scratch(const AttentionShape& shape, int64_t queries) {
+    Cutter cut(nullptr);
+    BackwardScratch<Unit>(cut, shape.group, queries, shape.head_dim);
+    return cut.used();
+  }
+
+  static constexpr AttentionKernels<T> table() { return {forward, delta, backward, forward_scratch, backward_scratch}; }
+};
+
+}  // namespace
+}  // namespace gptdist::cpu
