@@ -43,7 +43,7 @@ GPTDIST_INLINE float load(const float* p) { return *p; }
 GPTDIST_INLINE float load(const Bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
 
 GPTDIST_INLINE float load(const Fp16* p) {
-  const uint32_t magnitude = uint32_t(p->bits & 0x7fffu) << 13;  // at its place in a float, but for the exponent's bias
+  const uint32_t magnitude = uint32_t(p->bits & 0x7fffu) << 13;  // in a float's place, but for the exponent's bias
   const uint32_t value = float_to_bits(bits_to_float(magnitude) * 0x1p112f);  // subnormals become normal
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;       // inf and NaN keep the highest exponent
   return bits_to_float(value | special | uint32_t(p->bits & 0x8000u) << 16);

@@ -16,16 +16,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW by ops.adamw_: all parameters of a group in one pass, the gradient's scale included.
 
-    Parameters are fp32 (or fp64), contiguous; of a DTensor the local shard is stepped. A parameter's `step` lies on the
-    CPU, so that no step waits for the device.
+    Parameters are fp32 (or fp64) and contiguous; of a DTensor the local shard is stepped. A parameter's `step` lies on
+    the CPU, so that no step waits for the device.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float,
+                 weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
-        """Step the parameters that have a gradient. grad_scale: fp32, (), on their device; multiplies every gradient."""
+        """Step the parameters that have a gradient. grad_scale: fp32, (), on their device; scales gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -44,7 +45,8 @@ class AdamW(torch.optim.Optimizer):
                 by_step.setdefault(int(step), []).append(p)
         return by_step
 
-    def _step(self, group: dict[str, Any], step: int, parameters: list[nn.Parameter], grad_scale: Tensor | None) -> None:
+    def _step(self, group: dict[str, Any], step: int, parameters: list[nn.Parameter],
+              grad_scale: Tensor | None) -> None:
         moments = [[local(self.state[p][name]) for p in parameters] for name in MOMENTS]
         beta1, beta2 = group["betas"]
         ops.adamw_([local(p) for p in parameters], [local(p.grad).contiguous() for p in parameters], *moments,
