@@ -66,8 +66,9 @@ struct Chunks {
 gptdist::cpu::AdamWChunk whole_tensor(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
                                       const Tensors& exp_avg_sq, const Tensors& shadows, size_t i) {
   const auto pointer = [&](const Tensors& list, const char* name) {
-    STD_TORCH_CHECK(readable("adamw_", list[i], name, i).numel() == params[i].numel(), "adamw_: ", name, "[", i, "] has ",
-                    list[i].numel(), " elements, expected ", params[i].numel(), " as params[", i, "]");
+    const int64_t elements = readable("adamw_", list[i], name, i).numel();
+    STD_TORCH_CHECK(elements == params[i].numel(), "adamw_: ", name, "[", i, "] has ", elements,
+                    " elements, expected ", params[i].numel(), " as params[", i, "]");
     return list[i].data_ptr();
   };
   const auto fp32 = [&](const Tensors& list, const char* name) {

@@ -599,8 +599,9 @@ Table<Entry> upload_table(const Call& call, const Tensor& like, const std::vecto
 // adamw_
 
 // Pointers and dtypes of tensor i, checked.
-cuda::AdamWTensor adamw_tensor(const Call& call, const NamedList& params, const NamedList& grads, const NamedList& exp_avg,
-                               const NamedList& exp_avg_sq, const NamedList& shadows, size_t i) {
+cuda::AdamWTensor adamw_tensor(const Call& call, const NamedList& params, const NamedList& grads,
+                               const NamedList& exp_avg, const NamedList& exp_avg_sq, const NamedList& shadows,
+                               size_t i) {
   const auto same_elements = [&](const NamedList& list) {
     call.elements(list[i], list.name(i), params[i].numel(), params.name(i));
     return list[i];
@@ -618,7 +619,8 @@ cuda::AdamWTensor adamw_tensor(const Call& call, const NamedList& params, const 
   t.elements = params[i].numel();
   if (shadows.size() == 0) return t;
   t.shadow_dtype = call.float_dtype(same_elements(shadows), shadows.name(i));
-  STD_TORCH_CHECK(t.shadow_dtype != Dtype::kFp32, "adamw_: ", shadows.name(i), " is float32, expected bfloat16 or float16");
+  STD_TORCH_CHECK(t.shadow_dtype != Dtype::kFp32, "adamw_: ", shadows.name(i),
+                  " is float32, expected bfloat16 or float16");
   t.shadow = call.write_unaligned(shadows[i], shadows.name(i));
   return t;
 }

@@ -58,8 +58,9 @@ def make(shapes, grad_dtypes=(FP32,), shadow_dtypes=(), scaled=True, offset=0, *
                 for i, shape in enumerate(shapes)]
 
     shadows = tensors(shadow_dtypes, lambda x: x) if shadow_dtypes else None
-    return Case(tensors((FP32,), lambda x: 2 * x), tensors(grad_dtypes, lambda x: x), tensors((FP32,), lambda x: 0.3 * x),
-                tensors((FP32,), lambda x: 0.2 * x**2), shadows, torch.tensor(0.37) if scaled else None, OPTIONS | options)
+    return Case(tensors((FP32,), lambda x: 2 * x), tensors(grad_dtypes, lambda x: x),
+                tensors((FP32,), lambda x: 0.3 * x), tensors((FP32,), lambda x: 0.2 * x**2), shadows,
+                torch.tensor(0.37) if scaled else None, OPTIONS | options)
 
 
 def check(before: Case, after: Case) -> None:

@@ -39,9 +39,10 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "scale": [(r"float\(width\)", "float(width + 1)"), (rf"(?<=[-*+(] ){_SCALE}\b(?! =)", r"(\1 * 1.01f)"),
               (r"\b1\.0f\b(?=[ )])", "1.02f"), (r"distance > 0", "distance > 1"), (r"0xD2511F53u", "0xD2511F55u"),
               (r"0xCD9E8D57u", "0xCD9E8D59u"), (r"0x9E3779B9u", "0x9E3779B7u"), (r"0xBB67AE85u", "0xBB67AE83u"),
-              (r"\bs\.(decay|beta1_complement|beta2|beta2_complement|root_correction|eps|step_size)\b", r"(s.\1 * 1.01f)"),
-              (r"\* (grad_scale|values\[j\])(?=[,;])", r"* (\1 * 1.01f)"), (r"double\(piece\)", "double(piece * 1.01f)"),
-              (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"), (r"site\) << 16", "site) << 15")],
+              (r"\bs\.(decay|beta1_complement|beta2|beta2_complement|root_correction|eps|step_size)\b",
+               r"(s.\1 * 1.01f)"), (r"\* (grad_scale|values\[j\])(?=[,;])", r"* (\1 * 1.01f)"),
+              (r"double\(piece\)", "double(piece * 1.01f)"), (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"),
+              (r"site\) << 16", "site) << 15")],
 }
 
 

@@ -84,9 +84,9 @@ def drop(x=X3, p=0.1, key=KEY, ids=IDS, site=0, row_offset=0):
 
 
 def adamw(params=None, grads=None, exp_avg=None, exp_avg_sq=None, shadows=(), grad_scale=None, step=1):
-    """A step of two tensors; a list that is given follows the first tensor."""
-    lists = [[torch.ones(3), *(torch.ones(4) if given is None else given for given in [last])]
-             for last in (params, grads, exp_avg, exp_avg_sq)]
+    """A step of two tensors; what is given is the second one."""
+    lists = [[torch.ones(3), torch.ones(4) if given is None else given]
+             for given in (params, grads, exp_avg, exp_avg_sq)]
     return VM.adamw_(*lists, list(shadows), grad_scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, step)
 
 
@@ -101,13 +101,13 @@ LIST_REFUSED = [
     (adamw, {"grads": torch.ones(8)[::2]}, "adamw_: grads[1] is not contiguous"),
     (adamw, {"exp_avg": torch.ones(5)}, "adamw_: exp_avg[1] has 5 elements, expected params[1]=4"),
     (adamw, {"exp_avg_sq": torch.ones(4).half()}, "adamw_: exp_avg_sq[1] is float16, expected float32"),
-    (adamw, {"shadows": [ROW.half()]}, "adamw_: got 2 grads, 2 exp_avg, 2 exp_avg_sq and 1 shadows, expected 2 of each"),
+    (adamw, {"shadows": [ROW.half()]}, "2 exp_avg_sq and 1 shadows, expected 2 of each (or no shadows)"),
     (adamw, {"shadows": [torch.ones(3).half(), ROW]}, "adamw_: shadows[1] is float32, expected bfloat16 or float16"),
     (adamw, {"grad_scale": ROW}, "adamw_: grad_scale has 4 elements, expected one=1"),
     (adamw, {"grad_scale": torch.ones(1).double()}, "adamw_: grad_scale is float64, expected float32"),
     (adamw, {"step": 0}, "adamw_: step is 0, expected at least 1"),
     (grad_norm, {"tensors": []}, "grad_norm: the list is empty"),
-    (grad_norm, {"tensors": [ROW, ROW.double()]}, "grad_norm: tensors[1] is float64, expected float32, bfloat16 or float16"),
+    (grad_norm, {"tensors": [ROW, ROW.double()]}, "grad_norm: tensors[1] is float64, expected float32,"),
     (grad_norm, {"tensors": [ROW, ROW.to("meta")]}, f"grad_norm: tensors[1] is on {ELSEWHERE}"),
     (grad_norm, {"tensors": [X.t()]}, "grad_norm: tensors[0] is not contiguous"),
 ]

@@ -154,7 +154,8 @@ def exact_norm(tensors):
     return sum(x.double().square().sum() for x in tensors).sqrt()
 
 
-@pytest.mark.parametrize("dtypes", [(FP32,), (BF16,), (FP16,), (BF16, FP32, FP16)], ids=["fp32", "bf16", "fp16", "mixed"])
+@pytest.mark.parametrize("dtypes", [(FP32,), (BF16,), (FP16,), (BF16, FP32, FP16)],
+                         ids=["fp32", "bf16", "fp16", "mixed"])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_norm_equals_float64(device, dtypes, offset):
     tensors = [adamw_cases.placed(shape, dtypes[i % len(dtypes)], offset).copy_(torch.randn(shape))
@@ -216,7 +217,8 @@ def test_adamw_steps_by_the_kernels(device, monkeypatch):
 
     def three_steps():
         generator = torch.Generator().manual_seed(1)
-        parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(33, 5), (70,), (8, 8)]]
+        shapes = [(33, 5), (70,), (8, 8)]
+        parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         optimizer = build_adamw([(str(i), p) for i, p in enumerate(parameters)], OptimConfig())
         for _ in range(3):
             for p in parameters:

@@ -6,7 +6,7 @@ import torch
 from gptdist.ops import backends, grad_norm
 
 needs_library = pytest.mark.skipif(bool(backends.library_problem()), reason=backends.library_problem() or "built")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CHUNK, PIECE = 1 << 16, 1024  # csrc/cpu/grad_norm.h, grad_norm.cpp
 
 
@@ -15,8 +15,7 @@ def exact_norm(tensors):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtypes", [(FP32,), (BF16,), (FP16,), (torch.float64,), (BF16, FP32, FP16), (FP32, torch.float64)],
-                         ids=str)
+@pytest.mark.parametrize("dtypes", [(FP32,), (BF16,), (FP16,), (FP64,), (BF16, FP32, FP16), (FP32, FP64)], ids=str)
 def test_equals_the_float64_norm(dtypes):
     torch.manual_seed(0)
     shapes = [(3, 5), (4096,), (10000, 7), (), (0,), (PIECE - 1,), (CHUNK,), (CHUNK + 31,), (1,)]
@@ -48,7 +47,8 @@ def test_accurate_for_many_elements():
 
 @needs_library
 def test_bits_do_not_depend_on_the_number_of_threads():
-    tensors, threads, norms = [torch.randn(CHUNK * 7 + 5), torch.randn(3), torch.randn(700, 530)], torch.get_num_threads(), []
+    tensors = [torch.randn(CHUNK * 7 + 5), torch.randn(3), torch.randn(700, 530)]
+    threads, norms = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)

@@ -114,7 +114,7 @@ OPCHECKS = {
     "dropout": (X, 0.2, KEY, IDS, 1, 0),
     "rope": (QKV, *ops.rope_tables(torch.arange(5), 4), False),
     "grad_norm": ([randn(3, 4, grad=False), randn(5, grad=False)],),
-    "adamw_": (*ADAMW_LISTS, [randn(3, 4, grad=False, dtype=torch.bfloat16)], torch.tensor(0.5), 1e-3, 0.9, 0.95, 1e-8, 0.1, 2),
+    "adamw_": (*ADAMW_LISTS, [randn(3, 4, grad=False).bfloat16()], torch.tensor(0.5), 1e-3, 0.9, 0.95, 1e-8, 0.1, 2),
     "adamw_ without shadows": (*ADAMW_LISTS, [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
 }
 # The backward ops have no backward of their own, and are checked on tensors that need no gradient.

@@ -60,8 +60,8 @@ GPTDIST_INLINE void step(const AdamWChunk& c, const AdamWScalars& s, float grad_
 }
 
 #ifdef GPTDIST_X86
-GPTDIST_AVX2 void step_avx2(const AdamWChunk& c, const AdamWScalars& s, float grad_scale) { step(c, s, grad_scale); }
-GPTDIST_AVX512 void step_avx512(const AdamWChunk& c, const AdamWScalars& s, float grad_scale) { step(c, s, grad_scale); }
+GPTDIST_AVX2 void step_avx2(const AdamWChunk& c, const AdamWScalars& s, float scale) { step(c, s, scale); }
+GPTDIST_AVX512 void step_avx512(const AdamWChunk& c, const AdamWScalars& s, float scale) { step(c, s, scale); }
 #endif
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The sum of squares of a chunk of a tensor on a CPU.
 //
-// Reads every element once. kNormLanes sums in fp32 take the elements in turn, kPiece / kNormLanes each; then they are added to
-// sums in fp64, and those to each other in ascending order. A piece's error is at most 32 roundings of fp32 and half of
-// them in the norm; they are of either sign, and do not add up over pieces.
+// Reads every element once. kNormLanes sums in fp32 take the elements in turn, kPiece / kNormLanes each; then they are added
+// to sums in fp64, and those to each other in ascending order. A norm's relative error is at most 16 roundings of
+// fp32, and in practice one: those of the pieces are of either sign.
 //
 // Launch: one call is a chunk on one thread; ops_cpu_optim.cpp adds the chunks' sums in ascending order.
 
@@ -41,8 +41,8 @@ GPTDIST_INLINE double sum_chunk(const void* x, Dtype dtype, int64_t elements) {
 }
 
 #ifdef GPTDIST_X86
-GPTDIST_AVX2 double sum_avx2(const void* x, Dtype dtype, int64_t elements) { return sum_chunk(x, dtype, elements); }
-GPTDIST_AVX512 double sum_avx512(const void* x, Dtype dtype, int64_t elements) { return sum_chunk(x, dtype, elements); }
+GPTDIST_AVX2 double sum_avx2(const void* x, Dtype dtype, int64_t n) { return sum_chunk(x, dtype, n); }
+GPTDIST_AVX512 double sum_avx512(const void* x, Dtype dtype, int64_t n) { return sum_chunk(x, dtype, n); }
 #endif
 
 }  // namespace

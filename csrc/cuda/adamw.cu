@@ -4,20 +4,20 @@
 //   p <- p (1 - lr weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //   shadow <- p, rounded to bf16 or fp16
 //
-// Memory, bytes an element: reads 12 and the gradient's 4 or 2, writes 12, and 2 for a shadow; beside that the table, 64
-// bytes a tensor, which every block reads in part (8 bytes a tensor).
+// Memory, bytes an element: reads 12 and the gradient's 4 or 2, writes 12, and 2 for a shadow; beside that the table,
+// 64 bytes a tensor, of which every block reads 8 a tensor, and all of its own.
 //
-// Launch: one for the whole list, a block of 256 threads for each chunk of 8192 elements (kAdamWChunk): 229 KB of traffic,
-// beside which finding the tensor counts little, and 15,000 blocks for 124 million parameters. A thread has a vector of
-// four elements of each array in flight, 16 bytes in fp32: 16 KB a block, 64 KB for the four blocks that a multiprocessor
-// holds. (Two vectors take 90 registers, which leaves two blocks: no more bytes, and fewer warps.) The element types
-// differ by tensor, and are asked once a block. A tensor that is not aligned, and the last elements of one that is no
-// multiple of four, go one by one.
+// Launch: one for the whole list, a block of 256 threads for each chunk of 8192 elements (kAdamWChunk): 229 KB of
+// traffic, beside which finding the tensor counts little, and 15,000 blocks for 124 million parameters. A thread has
+// a vector of four elements of each array in flight, 16 bytes in fp32: 16 KB a block, 64 KB for the four blocks that a
+// multiprocessor holds. (Two vectors take 90 registers, which leaves two blocks: no more bytes, and fewer warps.) The
+// element types differ by tensor, and are asked once a block. A tensor that is not aligned, and the last elements of
+// one that is no multiple of four, go one by one.
 //
 // Accuracy: fp32 arithmetic with IEEE roots and quotients; the scalars are computed in double and rounded once.
-// eps = 2^-24: |error of m| <= 4 eps (|m| + |g|), of v 6 eps v, of p 4 eps |p| and 16 eps of the update's size (with the
-// error of m, where m cancels). Root and quotient take about 20 instructions of the 45 an element: at 28 bytes an element
-// an H100's memory feeds a multiprocessor 0.5 elements a clock, where it can issue 128 instructions of one lane.
+// eps = 2^-24: |error of m| <= 4 eps (|m| + |g|), of v 6 eps v, of p 4 eps |p|, 12 eps of the update, and what the
+// error of m makes there. An IEEE root and quotient cost little: at 28 bytes an element an H100's memory feeds a
+// multiprocessor 0.5 elements a clock, where it can issue 128 instructions of one lane.
 //
 // NaN and inf spread as in PyTorch.
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ void step_element(float& p, float& m, float& v, float
 
 // G: gradient. S: shadow. `first`: the chunk's first element.
 template <class G, class S>
-__device__ __forceinline__ void step_chunk(const AdamWTensor& t, int64_t first, float grad_scale, const AdamWScalars& s) {
+__device__ __forceinline__ void step_chunk(const AdamWTensor& t, int64_t first, float grad_scale,
+                                           const AdamWScalars& s) {
   constexpr bool kShadow = !std::is_same_v<S, NoShadow>;
   float *param = t.param + first, *exp_avg = t.exp_avg + first, *exp_avg_sq = t.exp_avg_sq + first;
   const G* grad = static_cast<const G*>(t.grad) + first;
@@ -75,7 +76,8 @@ __device__ __forceinline__ void step_chunk(const AdamWTensor& t, int64_t first, 
 }
 
 template <class G>
-__device__ __forceinline__ void step_shadowed(const AdamWTensor& t, int64_t first, float grad_scale, const AdamWScalars& s) {
+__device__ __forceinline__ void step_shadowed(const AdamWTensor& t, int64_t first, float grad_scale,
+                                              const AdamWScalars& s) {
   if (t.shadow == nullptr) {
     step_chunk<G, NoShadow>(t, first, grad_scale, s);
   } else if (t.shadow_dtype == Dtype::kBf16) {

@@ -2,14 +2,15 @@
 //
 // Memory: reads every element once; 8 bytes for each chunk are written and read again, and 16 bytes of table a tensor.
 //
-// Launch: a block of 256 threads for each chunk of 16384 elements (kNormChunk), all tensors in one launch; a thread has
-// four vectors of 16 bytes in flight. A second kernel of one block adds the chunks' sums: 7600 for 124 million
+// Launch: a block of 256 threads for each chunk of 16384 elements (kNormChunk), all tensors in one launch; a thread
+// has four vectors of 16 bytes in flight. A second kernel of one block adds the chunks' sums: 7600 for 124 million
 // elements, 60 KB. No atomics: the same bits in every run, and on any GPU.
 //
-// Accuracy: the squares of the 16 (fp32) or 32 elements that a thread has in flight are added in fp32, everything else in
-// fp64. |error| <= 17 eps |norm| with eps = 2^-24, and in practice one rounding: the pieces' errors do not add up.
-// One addition in fp64 for 16 elements is nothing even to GPUs that have two fp64 units for 128 of fp32. A tensor that is not
-// aligned to 16 bytes, and a ragged end, are added one by one. NaN and inf spread; squares overflow beyond 1.8e19.
+// Accuracy: the squares of the 16 (fp32) or 32 elements that a thread has in flight are added in fp32, everything else
+// in fp64. |error| <= 17 eps |norm| with eps = 2^-24, and in practice one rounding: the pieces' errors do not add up.
+// An addition in fp64 for 16 elements is nothing even to GPUs that have two fp64 units for 128 of fp32. A tensor that
+// is not aligned to 16 bytes, and a ragged end, are added one by one. NaN and inf spread; squares overflow beyond
+// 1.8e19, as in PyTorch.
 
 #include "common/host.h"
 #include "common/reduce.cuh"

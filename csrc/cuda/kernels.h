@@ -178,9 +178,9 @@ struct AttentionBackward {
 };
 Error attention_backward(const AttentionBackward& args, Stream stream);
 
-// adamw.cu and grad_norm.cu walk a list of tensors in one launch. Its table is in device memory: an entry for each tensor,
-// and the number of the chunk (a block's share of a tensor) that it begins with. No entry is empty, so these numbers
-// ascend. Tensors are contiguous; where one is not aligned to its vectors, its elements are moved one by one.
+// adamw.cu and grad_norm.cu walk a list of tensors in one launch. Its table is in device memory: an entry for each
+// tensor, and the number of the chunk (a block's share of a tensor) that it begins with. No entry is empty, so these
+// numbers ascend. Tensors are contiguous; where one is not aligned to its vectors, its elements are moved one by one.
 
 constexpr int64_t kAdamWChunk = 8192, kNormChunk = 16384;  // elements; a tensor's last chunk may have fewer
 

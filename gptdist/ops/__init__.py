@@ -1,7 +1,7 @@
 """The model's operations: one file each, every one a torch.library op with a pure PyTorch reference behind it.
 
-Ops take local tensors (never DTensors) and are functional. Which implementation runs is chosen in backends.py;
-`gptdist doctor` shows it.
+Ops take local tensors (never DTensors) and are functional, but for adamw_. Which implementation runs is chosen in
+backends.py; `gptdist doctor` shows it.
 """
 
 from .adamw import adamw_

@@ -81,7 +81,7 @@ def adamw_(
 ) -> None:
     """Step `params` in place, and overwrite `shadows` with them.
 
-    The lists have one tensor for each parameter, of its shape, contiguous, all on one device; none may overlap another.
+    The lists have one tensor for each parameter, of its shape, contiguous, all on one device; none overlaps another.
     params, exp_avg, exp_avg_sq: all fp32 (or all fp64). grads: params' dtype, bf16 or fp16; they may differ.
     shadows: bf16 or fp16. grad_scale: fp32, (), on the same device; multiplied into every gradient as it is read.
     step: 1 for the first. NaN and inf spread as in torch.optim.AdamW. Raises ValueError for what does not fit.
@@ -96,12 +96,12 @@ def adamw_(
             raise ValueError(f"adamw_: {name} has {len(tensors)} tensors, expected {len(params)} as params")
     if not params:
         return
-    master, device = params[0].dtype, params[0].device
-    allowed = {"params": MASTERS, "grads": (master, *HALVES), "exp_avg": (master,), "exp_avg_sq": (master,),
-               "shadows": HALVES}
+    device, master = params[0].device, params[0].dtype
+    masters = (master,) if master in MASTERS else MASTERS
+    allowed = {"grads": (*masters, *HALVES), "shadows": HALVES}
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
-            _check(f"{name}[{i}]", tensor, params[i].shape, (master,) if name == "params" and i else allowed[name], device)
+            _check(f"{name}[{i}]", tensor, params[i].shape, allowed.get(name, masters), device)
     if grad_scale is not None:
         _check("grad_scale", grad_scale, (), (torch.float32,), device)
     with torch.no_grad():

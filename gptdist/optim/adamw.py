@@ -20,13 +20,14 @@ class AdamW(torch.optim.Optimizer):
     CPU, so that no step waits for the device. `shadows`: copies of parameters in 16 bits that a step keeps up to date.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float,
+                 weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.shadows: Mapping[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
-        """Step the parameters that have a gradient. grad_scale: fp32, (), on their device; multiplies every gradient."""
+        """Step the parameters that have a gradient. grad_scale: fp32, (), on their device; scales gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

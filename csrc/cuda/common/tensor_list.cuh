@@ -16,6 +16,8 @@ __device__ __forceinline__ int32_t tensor_of_chunk(const int64_t* first_chunks, 
   return begun - 1;
 }
 
-__device__ __forceinline__ bool aligned_to(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+__device__ __forceinline__ bool aligned_to(const void* p, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 }  // namespace gptdist::cuda
