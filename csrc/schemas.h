@@ -26,6 +26,8 @@ constexpr const char* kSchemas[] = {
     " int head_offset) -> (Tensor out, Tensor lse)",
     "attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, bool causal, Tensor? doc_start, float p, Tensor? key,"
     " Tensor? sample_ids, int site, int head_offset) -> Tensor",
+    // q (B, Tq, Hkv, G, D), caches (pages, page, Hkv, D), block_table int32 (B, P), lengths int64 (B,); the output is like q.
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths) -> Tensor",
     // CUDA versions (1000 major + 10 minor) of the runtime that _C_cuda holds and of this machine's driver; 0: none.
     "cuda_versions() -> (int runtime, int driver)",
 };

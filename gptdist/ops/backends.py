@@ -52,9 +52,11 @@ class Kernel(NamedTuple):
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
+_CPU_HEADS = Kernel((torch.float32, torch.bfloat16), "head dimension in multiples of 16 up to 256")
 COMPILED = {
     "cpu": {
-        "attention": Kernel((torch.float32, torch.bfloat16), "head dimension in multiples of 16 up to 256"),
+        "attention": _CPU_HEADS,
+        "decode_attention": _CPU_HEADS,
         "bias_gelu": Kernel((torch.float32, torch.bfloat16)),
     },
     "cuda": {

@@ -5,7 +5,7 @@ k and v are in the cache already. Position s of row b lies in page block_table[b
 
     o = softmax(q k^T / sqrt(D)) v, fp32 (fp64 for float64)
 
-Reads the pages in use of every row once, writes out. No autograd. Source: Kwon et al., "Efficient memory management
+Reads the pages in use of every row once, writes out. No autograd. `cpu` is csrc/cpu/decode_attention.h. Source: Kwon et al., "Efficient memory management
 for LLM serving with PagedAttention" (2023), section 4.1.
 """
 
@@ -13,7 +13,8 @@ import math
 
 import torch
 
-from .backends import compute_dtype, custom_op
+from .attention import cpu_head_misfit, heads_contiguous
+from .backends import choose, compute_dtype, custom_op
 
 BLOCK_ELEMENTS = 1 << 24  # cached elements or scores at once: 64 MiB of fp32
 
@@ -38,6 +39,13 @@ def _rows(q, k_cache, v_cache, block_table, lengths, width):
     return out.view(b, H, G, Tq, D).permute(0, 3, 1, 2, 4)
 
 
+def _on_cpu(q, k_cache, v_cache) -> bool:
+    misfit = cpu_head_misfit(q.shape[-1])
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        misfit = "q and the caches are of different dtypes"
+    return choose("decode_attention", q.device, q.dtype, cpu_misfit=misfit).backend == "cpu"
+
+
 @custom_op("gptdist::decode_attention")
 def _decode(
     q: torch.Tensor,
@@ -57,6 +65,9 @@ def _decode(
         raise ValueError(
             f"decode_attention: a row reaches {longest} positions, its block table holds {block_table.shape[1] * page}"
         )
+    if _on_cpu(q, k_cache, v_cache):
+        tensors = (heads_contiguous(x) for x in (q, k_cache, v_cache))
+        return torch.ops.gptdist_c.decode_attention(*tensors, block_table.contiguous(), lengths.contiguous())
     queries = max(1, min(Tq, BLOCK_ELEMENTS // (H * G * width)))
     rows = max(1, BLOCK_ELEMENTS // (H * width * max(D, G * queries)))
     for b in range(0, B, rows):
