@@ -1,64 +1,16 @@
 // attention on the CPU: argument checks, outputs, threads. Kernels: cpu/attention.h.
 
-#include <algorithm>
-#include <atomic>
-#include <climits>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "cpu/attention.h"
-#include "ops_cpu.h"
+#include "ops_cpu_attention.h"
 
 namespace gptdist {
-
-
 namespace {
 
 using namespace cpu;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-// arguments
-
-std::string shape_name(const Tensor& x) {
-  std::string text = "(";
-  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + ")";
-}
-
-void check_shape(const Tensor& x, const char* name, const std::vector<int64_t>& wanted, const char* symbols) {
-  bool same = x.dim() == int64_t(wanted.size());
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == wanted[i];
-  std::string text;
-  for (int64_t size : wanted) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(same, "attention: ", name, " has shape ", shape_name(x), ", expected ", symbols, " = (", text, ")");
-}
-
-void check_type(const Tensor& x, const char* name, ScalarType wanted, const char* type) {
-  STD_TORCH_CHECK(x.scalar_type() == wanted, "attention: ", name, " has another dtype than the expected ", type);
-  STD_TORCH_CHECK(x.is_cpu(), "attention: ", name, " is on another device, expected cpu");
-}
-
-// The data of a contiguous tensor.
-template <class U>
-U* contiguous(const Tensor& x, const char* name, ScalarType wanted, const char* type) {
-  check_type(x, name, wanted, type);
-  STD_TORCH_CHECK(x.is_contiguous(), "attention: ", name, " is not contiguous: copy it");
-  return static_cast<U*>(x.data_ptr());
-}
-
-// (B, T, Hkv, slots, D), of which D alone must be contiguous.
-template <class U>
-Heads<U> heads(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.stride(4) == 1 || x.size(4) <= 1, "attention: the last dimension of ", name, " has stride ", x.stride(4),
-                  ", expected 1: copy it");
-  return {static_cast<U*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
+constexpr Refusal kRefuse{"attention"};
 
 struct Dropout {
   double p;
@@ -76,10 +28,10 @@ AttentionDropout dropout_of(const Dropout& dropout, int64_t B, int64_t heads) {
   STD_TORCH_CHECK(dropout.head_offset >= 0 && dropout.head_offset + heads <= 1 << 16, "attention: head_offset is ",
                   dropout.head_offset, ", expected no head beyond 65535");
   STD_TORCH_CHECK(dropout.key->numel() == 1, "attention: key has ", dropout.key->numel(), " elements, expected one");
-  check_shape(*dropout.sample_ids, "sample_ids", {B}, "(B)");
+  kRefuse.shape(*dropout.sample_ids, "sample_ids", {B}, "(B)");
   AttentionDropout found{};
-  found.sample_ids = contiguous<const int64_t>(*dropout.sample_ids, "sample_ids", ScalarType::Long, "int64");
-  found.key = uint64_t(*contiguous<const int64_t>(*dropout.key, "key", ScalarType::Long, "int64"));
+  found.sample_ids = kRefuse.contiguous<const int64_t>(*dropout.sample_ids, "sample_ids", ScalarType::Long, "int64");
+  found.key = uint64_t(*kRefuse.contiguous<const int64_t>(*dropout.key, "key", ScalarType::Long, "int64"));
   found.threshold = uint32_t(dropout.p * 4294967296.0);
   found.factor = float(1.0 / (1.0 - dropout.p));
   found.site = int32_t(dropout.site);
@@ -88,86 +40,25 @@ AttentionDropout dropout_of(const Dropout& dropout, int64_t B, int64_t heads) {
 }
 
 AttentionShape shape_of(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start, const Dropout& dropout) {
-  STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(3) >= 3, "attention: qkv has shape ", shape_name(qkv),
+  STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(3) >= 3, "attention: qkv has shape ", Refusal::shape_name(qkv),
                   ", expected (B, T, Hkv, G+2, D) with G >= 1");
-  const ScalarType type = qkv.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "attention: qkv has another dtype than the expected float32 or bfloat16");
-  const int64_t D = qkv.size(4);
-  STD_TORCH_CHECK(D > 0 && D <= kMaxHeadDim && D % kHeadDimStep == 0, "attention: qkv has D=", D,
-                  ", expected a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim);
+  kRefuse.float_type(qkv, "qkv");
+  kRefuse.head_dim(qkv, "qkv");
   STD_TORCH_CHECK(qkv.size(1) <= INT_MAX, "attention: qkv has T=", qkv.size(1), ", expected at most ", INT_MAX);
-  AttentionShape shape{qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) - 2, D, causal, nullptr, {}};
+  AttentionShape shape{qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) - 2, qkv.size(4), causal, nullptr, {}, nullptr};
   if (doc_start) {
     STD_TORCH_CHECK(causal, "attention: doc_start is given, but causal is false");
-    check_shape(*doc_start, "doc_start", {shape.batch, shape.positions}, "(B, T)");
-    shape.doc_start = contiguous<const int32_t>(*doc_start, "doc_start", ScalarType::Int, "int32");
+    kRefuse.shape(*doc_start, "doc_start", {shape.batch, shape.positions}, "(B, T)");
+    shape.doc_start = kRefuse.contiguous<const int32_t>(*doc_start, "doc_start", ScalarType::Int, "int32");
   }
   shape.dropout = dropout_of(dropout, shape.batch, shape.kv_heads * shape.group);
   return shape;
-}
-
-// threads
-
-// Scratch memory that stays with its thread: allocated once, and again where a larger task comes.
-std::byte* scratch(size_t bytes) {
-  struct Free {
-    void operator()(std::byte* block) const { std::free(block); }
-  };
-  static thread_local std::unique_ptr<std::byte, Free> block;
-  static thread_local size_t held = 0;
-  if (bytes > held) {
-    block.reset();
-    held = 0;
-    block.reset(static_cast<std::byte*>(std::aligned_alloc(64, bytes)));
-    if (!block) throw std::bad_alloc();
-    held = bytes;
-  }
-  return block.get();
-}
-
-// Multiplications worth a thread's while: some 30 microseconds.
-constexpr double kProductsPerThread = 1 << 21;
-
-int64_t threads_for(double products) {
-  return std::clamp(int64_t(products / kProductsPerThread), int64_t(1), int64_t(torch::stable::get_num_threads()));
-}
-
-// Calls run(i) for every task. Threads take the next one when they are done, so the longest should come first; each task
-// owns what it writes.
-template <class Run>
-void run_tasks(int64_t tasks, int64_t threads, const Run& run) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) run(i);
-  });
 }
 
 // Scores that are computed, times D.
 double score_products(const AttentionShape& shape) {
   const double scores = double(shape.batch) * shape.kv_heads * shape.group * shape.positions * shape.positions;
   return scores * shape.head_dim * (shape.causal ? 0.5 : 1.0);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Spans of a sequence, the last one first: it sees the most keys.
-struct Spans {
-  int64_t positions, length;
-
-  int64_t count() const { return ceil_div(positions, length); }
-  Span operator[](int64_t i) const {
-    const int64_t begin = (count() - 1 - i) * length;
-    return {begin, std::min(begin + length, positions)};
-  }
-};
-
-// Positions of a forward task: 256, for which a tile of keys is packed once; fewer where threads would idle. Its bits do
-// not depend on it.
-Spans forward_spans(const AttentionShape& shape, int64_t threads) {
-  int64_t length = 4 * kTileQueries;
-  while (length > kTileQueries && shape.batch * shape.kv_heads * ceil_div(shape.positions, length) < 4 * threads) length /= 2;
-  return {shape.positions, length};
 }
 
 // forward
@@ -187,7 +78,7 @@ void forward(const AttentionForward<T>& args) {
 
 template <class T>
 void forward_of(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
-  forward<T>({shape, heads<const T>(qkv, "qkv"), heads<T>(out, "out"), static_cast<float*>(lse.data_ptr())});
+  forward<T>({shape, kRefuse.heads<const T>(qkv, "qkv"), kRefuse.heads<T>(out, "out"), static_cast<float*>(lse.data_ptr())});
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start, double p,
@@ -252,8 +143,8 @@ void backward(const AttentionBackward<T>& args) {
 template <class T>
 void backward_of(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                  const Tensor& delta, const Tensor& dqkv) {
-  backward<T>({shape, heads<const T>(dout, "dout"), heads<const T>(qkv, "qkv"), heads<const T>(out, "out"),
-               static_cast<const float*>(lse.data_ptr()), static_cast<float*>(delta.data_ptr()), heads<T>(dqkv, "dqkv")});
+  backward<T>({shape, kRefuse.heads<const T>(dout, "dout"), kRefuse.heads<const T>(qkv, "qkv"), kRefuse.heads<const T>(out, "out"),
+               static_cast<const float*>(lse.data_ptr()), static_cast<float*>(delta.data_ptr()), kRefuse.heads<T>(dqkv, "dqkv")});
 }
 
 Tensor attention_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, bool causal,
@@ -262,11 +153,11 @@ Tensor attention_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out, c
   const AttentionShape shape = shape_of(qkv, causal, doc_start, {p, key, sample_ids, site, head_offset});
   const int64_t B = shape.batch, T = shape.positions, H = shape.kv_heads, G = shape.group, D = shape.head_dim;
   for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, std::pair{&out, "out"}}) {
-    check_shape(*tensor, name, {B, T, H, G, D}, "(B, T, Hkv, G, D)");
-    check_type(*tensor, name, qkv.scalar_type(), "one, qkv's");
+    kRefuse.shape(*tensor, name, {B, T, H, G, D}, "(B, T, Hkv, G, D)");
+    kRefuse.type(*tensor, name, qkv.scalar_type(), "one of qkv");
   }
-  check_shape(lse, "lse", {B, H, G, T}, "(B, Hkv, G, T)");
-  contiguous<const float>(lse, "lse", ScalarType::Float, "float32");
+  kRefuse.shape(lse, "lse", {B, H, G, T}, "(B, Hkv, G, T)");
+  kRefuse.contiguous<const float>(lse, "lse", ScalarType::Float, "float32");
   Tensor dqkv = torch::stable::new_empty(qkv, {B, T, H, G + 2, D});
   if (qkv.numel() == 0) return dqkv;
   const Tensor delta = torch::stable::new_empty(qkv, {B, H, G, T}, ScalarType::Float);

@@ -39,6 +39,7 @@ struct AttentionShape {
   bool causal;
   const int32_t* doc_start;  // [B, T], or nullptr
   AttentionDropout dropout;
+  const int64_t* lengths;  // [B]: keys before the first query; nullptr: none
 };
 
 template <class T>
@@ -57,6 +58,36 @@ struct AttentionBackward {
   float* delta;      // [B, Hkv, G, T] fp32: rowsum(dout * out), written by attention_delta
   Heads<T> dqkv;     // overwritten
 };
+
+// A cache (pages, page, Hkv, D) whose D elements are contiguous; strides in elements. Position s of row b lies in page
+// table[b, s / page_size].
+template <class T>
+struct Pages {
+  const T* data;
+  int64_t page, slot, kv_head;  // strides
+  int64_t page_size;
+  const int32_t* table;  // [B, table_width]
+  int64_t table_width;
+
+  const T* at(int64_t b, int64_t s, int64_t h) const {
+    return data + table[b * table_width + s / page_size] * page + s % page_size * slot + h * kv_head;
+  }
+};
+
+// decode_attention: shape.lengths is set, shape.positions are those of the queries.
+template <class T>
+struct DecodeAttention {
+  AttentionShape shape;
+  Heads<const T> queries;
+  Pages<T> keys, values;
+  Heads<T> out;  // overwritten
+};
+
+// Keys of a task of decode_part, whatever the number of threads: so many rows of K and V stay in the second-level cache.
+constexpr int64_t kSegmentKeys = 256;
+
+// Floats of a query's part of a sum over a segment of keys: D weighted sums of values, then the maximum and the denominator.
+inline int64_t part_floats(int64_t head_dim) { return head_dim + 2; }
 
 // Positions [begin, end) of a kv head of a row of the batch.
 struct Span {
@@ -82,6 +113,12 @@ struct AttentionKernels {
   void (*forward)(const AttentionForward<T>& args, const ForwardTask& task, std::byte* scratch);
   void (*delta)(const AttentionBackward<T>& args, int64_t b, int64_t h, Span queries);
   void (*backward)(const AttentionBackward<T>& args, const BackwardTask& task, std::byte* scratch);
+
+  // decode_attention: as the forward; or, for few queries, parts [Tq * G][part_floats] of one segment of the keys, and the
+  // sum of `count` of them that are `stride` floats apart.
+  void (*decode)(const DecodeAttention<T>& args, const ForwardTask& task, std::byte* scratch);
+  void (*decode_part)(const DecodeAttention<T>& args, int64_t b, int64_t h, Span keys, float* parts);
+  void (*decode_sum)(const DecodeAttention<T>& args, int64_t b, int64_t h, const float* parts, int64_t count, int64_t stride);
 
   // Bytes of scratch memory, from a multiple of 64, for a task of that many queries' positions (backward: 0 if no dq).
   size_t (*forward_scratch)(const AttentionShape& shape, int64_t queries);

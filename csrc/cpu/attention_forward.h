@@ -124,13 +124,13 @@ GPTDIST_INLINE void write_strip(const Heads<T>& out, int64_t b, int64_t t, int64
     const float inverse = 1.0f / denominator;
     T* row = out.at(b, t + r, h, g);
     for (int64_t d = 0; d < D; d += kLanes) store(row + d, load(sums + r * D + d) * inverse);
-    lse[r] = maxima[r] * kLn2 + std::log(denominator);
+    if (lse) lse[r] = maxima[r] * kLn2 + std::log(denominator);
   }
 }
 
 // kHeadDim: D, or 0 where it is known at run time only.
-template <int64_t kHeadDim, class Unit, class T>
-GPTDIST_INLINE void forward_task(const AttentionForward<T>& args, const ForwardTask& task, std::byte* memory) {
+template <int64_t kHeadDim, class Unit, class Args>
+GPTDIST_INLINE void forward_task(const Args& args, const ForwardTask& task, std::byte* memory) {
   const AttentionShape& shape = args.shape;
   const int64_t D = kHeadDim ? kHeadDim : shape.head_dim, G = shape.group, b = task.b, h = task.h;
   const int64_t first = task.queries.begin, count = task.queries.end - first, padded = round_up(count, kStripRows);
@@ -140,7 +140,8 @@ GPTDIST_INLINE void forward_task(const AttentionForward<T>& args, const ForwardT
   const ForwardScratch<Unit> scratch(cut, G, count, D);
 
   for (int64_t g = 0; g < G; ++g) {
-    load_rows(args.qkv.at(b, first, h, g), args.qkv.position, count, padded, D, scratch.queries + g * padded * units);
+    const auto& queries = queries_of(args);
+    load_rows(queries.at(b, first, h, g), queries.position, count, padded, D, scratch.queries + g * padded * units);
   }
   std::memset(scratch.sums, 0, G * padded * D * sizeof(float));
   std::memset(scratch.denominators, 0, G * padded * kLanes * sizeof(float));
@@ -148,10 +149,10 @@ GPTDIST_INLINE void forward_task(const AttentionForward<T>& args, const ForwardT
 
   const Span keys = keys_of(shape, b, task.queries);
   for (int64_t key = keys.begin / kTileKeys * kTileKeys; key < keys.end; key += kTileKeys) {
-    const int64_t found = least(kTileKeys, shape.positions - key);
-    load_rows(args.qkv.at(b, key, h, G), args.qkv.position, found, kTileKeys, D, scratch.keys);
+    const Span tile{key, least(key + kTileKeys, keys.end)};
+    load_tile(args, b, h, 0, tile, D, scratch.keys);
     transpose_rows(scratch.keys, D, scratch.keys_transposed);
-    load_rows(args.qkv.at(b, key, h, G + 1), args.qkv.position, found, kTileKeys, D, scratch.values);
+    load_tile(args, b, h, 1, tile, D, scratch.values);
     const Right<Unit> values = join_rows(scratch.values, kTileKeys, D, scratch.values_joined);
     for (int64_t g = 0; g < G; ++g) {
       for (int64_t t = 0; t < count; t += kStripRows) {
@@ -170,9 +171,9 @@ GPTDIST_INLINE void forward_task(const AttentionForward<T>& args, const ForwardT
   for (int64_t g = 0; g < G; ++g) {
     for (int64_t t = 0; t < count; t += kStripRows) {
       const int64_t row = g * padded + t;
+      float* lse = lse_of(args, b, h, g);
       write_strip(args.out, b, first + t, h, g, least(kStripRows, count - t), D, scratch.sums + row * D,
-                  scratch.maxima + row, scratch.denominators + row * kLanes,
-                  args.lse + ((b * shape.kv_heads + h) * G + g) * shape.positions + first + t);
+                  scratch.maxima + row, scratch.denominators + row * kLanes, lse ? lse + first + t : nullptr);
     }
   }
 }

@@ -3,8 +3,10 @@
 
 #include "simd.h"
 #include "attention_tiles.h"
+#include "attention_operands.h"
 #include "attention_forward.h"
 #include "attention_backward.h"
+#include "decode_attention.h"
 
 namespace gptdist::cpu {
 namespace {
@@ -35,6 +37,19 @@ struct Kernels {
     backward_task<0, Unit>(args, task, scratch);
   }
 
+  static void decode(const DecodeAttention<T>& args, const ForwardTask& task, std::byte* scratch) {
+    forward_task<0, Unit>(args, task, scratch);
+  }
+
+  static void decode_part(const DecodeAttention<T>& args, int64_t b, int64_t h, Span keys, float* parts) {
+    decode_segment(args, b, h, keys, parts);
+  }
+
+  static void decode_sum(const DecodeAttention<T>& args, int64_t b, int64_t h, const float* parts, int64_t count,
+                         int64_t stride) {
+    sum_parts(args, b, h, parts, count, stride);
+  }
+
   static size_t forward_scratch(const AttentionShape& shape, int64_t queries) {
     Cutter cut(nullptr);
     ForwardScratch<Unit>(cut, shape.group, queries, shape.head_dim);
@@ -47,7 +62,9 @@ struct Kernels {
     return cut.used();
   }
 
-  static constexpr AttentionKernels<T> table() { return {forward, delta, backward, forward_scratch, backward_scratch}; }
+  static constexpr AttentionKernels<T> table() {
+    return {forward, delta, backward, decode, decode_part, decode_sum, forward_scratch, backward_scratch};
+  }
 };
 
 }  // namespace

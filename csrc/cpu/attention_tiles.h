@@ -236,7 +236,8 @@ struct Seen {
 
 GPTDIST_INLINE Span keys_of(const AttentionShape& shape, int64_t b, int64_t t) {
   const int64_t start = shape.doc_start ? most(0, shape.doc_start[b * shape.positions + t]) : 0;
-  return {start, shape.causal ? t + 1 : shape.positions};
+  const int64_t before = shape.lengths ? shape.lengths[b] : 0;
+  return {start, shape.causal ? before + t + 1 : shape.positions};
 }
 
 // Keys that any of the queries sees. Neither starts nor ends decrease along a row.

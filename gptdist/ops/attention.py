@@ -222,17 +222,17 @@ def cuda_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
     return cuda_kernels().attention_bwd(*tensors, *_causal(doc_start, drop))
 
 
-def _heads_contiguous(x):
+def heads_contiguous(x):
     """x as the CPU kernels want it: any strides, but the elements of a head one after the other."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def cpu_forward(qkv, doc_start, drop: Dropout):
-    return torch.ops.gptdist_c.attention_fwd(_heads_contiguous(qkv), *_causal(doc_start, drop))
+    return torch.ops.gptdist_c.attention_fwd(heads_contiguous(qkv), *_causal(doc_start, drop))
 
 
 def cpu_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
-    dout, qkv, out = (_heads_contiguous(x) for x in (dout.to(qkv.dtype), qkv, out))
+    dout, qkv, out = (heads_contiguous(x) for x in (dout.to(qkv.dtype), qkv, out))
     return torch.ops.gptdist_c.attention_bwd(dout, qkv, out, lse.contiguous(), *_causal(doc_start, drop))
 
 

@@ -55,9 +55,11 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = Kernel((torch.float32, torch.bfloat16))
 _NORM = Kernel(_HALVES, f"width {MIN_WIDTH} to {MAX_WIDTH} in multiples of {WIDTH_STEP}")
 _ADAMW = Kernel((torch.float32,), "gradients in float32, bfloat16 or float16")
+_CPU_HEADS = Kernel(_CPU.dtypes, "head dimension in multiples of 16 up to 256")
 COMPILED = {
     "cpu": {
-        "attention": Kernel(_CPU.dtypes, "head dimension in multiples of 16 up to 256"),
+        "attention": _CPU_HEADS,
+        "decode_attention": _CPU_HEADS,
         "layer_norm": _CPU,
         "residual_layer_norm": _CPU,
         "bias_gelu": _CPU,

@@ -5,15 +5,16 @@ k and v are in the cache already. Position s of row b lies in page block_table[b
 
     o = softmax(q k^T / sqrt(D)) v, fp32 (fp64 for float64)
 
-Reads the pages in use of every row once, writes out. No autograd. On CUDA: csrc/cuda/decode_attention.cu. Source: Kwon
-et al., "Efficient memory management for LLM serving with PagedAttention" (2023), section 4.1.
+Reads the pages in use of every row once, writes out. No autograd. Kernels: csrc/cuda/decode_attention.cu and
+csrc/cpu/decode_attention.h. Source: Kwon et al., "Efficient memory management for LLM serving with PagedAttention"
+(2023), section 4.1.
 """
 
 import math
 
 import torch
 
-from .attention import head_misfit
+from .attention import cpu_head_misfit, head_misfit, heads_contiguous
 from .backends import aligned, aligned_rows, choose, compute_dtype, cuda_kernels, custom_op
 
 BLOCK_ELEMENTS = 1 << 24  # cached elements or scores at once: 64 MiB of fp32
@@ -39,18 +40,20 @@ def _rows(q, k_cache, v_cache, block_table, lengths, width):
     return out.view(b, H, G, Tq, D).permute(0, 3, 1, 2, 4)
 
 
-def _reference(q, k_cache, v_cache, block_table, lengths):
-    B, Tq, H, G, D = q.shape
-    page = k_cache.shape[1]
-    out = q.new_empty(q.shape)
-    if out.numel() == 0:
-        return out
+def _width(block_table, lengths, Tq, page):
+    """Positions, in whole pages, that the longest row reaches. Raises ValueError where its block table has fewer."""
     longest = int(lengths.max()) + Tq
     width = -(-longest // page) * page
     if width > block_table.shape[1] * page:
         raise ValueError(
             f"decode_attention: a row reaches {longest} positions, its block table holds {block_table.shape[1] * page}"
         )
+    return width
+
+
+def _reference(q, k_cache, v_cache, block_table, lengths, width):
+    B, Tq, H, G, D = q.shape
+    out = q.new_empty(q.shape)
     queries = max(1, min(Tq, BLOCK_ELEMENTS // (H * G * width)))
     rows = max(1, BLOCK_ELEMENTS // (H * width * max(D, G * queries)))
     for b in range(0, B, rows):
@@ -61,15 +64,19 @@ def _reference(q, k_cache, v_cache, block_table, lengths):
     return out
 
 
+def _dtype_misfit(q, k_cache, v_cache) -> str:
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype:
+            return f"{name} is {cache.dtype}, q {q.dtype}"
+    return ""
+
+
 def misfit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str:
     """Why the CUDA kernel does not take these, or the empty string."""
     page = k_cache.shape[1]
     if page & (page - 1):
         return f"pages of {page} positions, no power of two"
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != q.dtype:
-            return f"{name} is {cache.dtype}, q {q.dtype}"
-    return head_misfit(q.shape[-1])
+    return _dtype_misfit(q, k_cache, v_cache) or head_misfit(q.shape[-1])
 
 
 @custom_op("gptdist::decode_attention")
@@ -80,10 +87,19 @@ def _decode(
     block_table: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    if choose("decode_attention", q.device, q.dtype, misfit(q, k_cache, v_cache)).backend == "cuda":
+    caches = q, k_cache, v_cache
+    cpu_misfit = _dtype_misfit(*caches) or cpu_head_misfit(q.shape[-1])
+    backend = choose("decode_attention", q.device, q.dtype, misfit(*caches), cpu_misfit).backend
+    if backend == "cuda":
         tensors = (aligned(x) for x in (k_cache, v_cache, block_table, lengths))
         return cuda_kernels().decode_attention(aligned_rows(q), *tensors)
-    return _reference(q, k_cache, v_cache, block_table, lengths)
+    if q.numel() == 0:
+        return q.new_empty(q.shape)
+    width = _width(block_table, lengths, q.shape[1], k_cache.shape[1])
+    if backend == "cpu":
+        tensors = (heads_contiguous(x) for x in caches)
+        return torch.ops.gptdist_c.decode_attention(*tensors, block_table.contiguous(), lengths.contiguous())
+    return _reference(q, k_cache, v_cache, block_table, lengths, width)
 
 
 @_decode.register_fake
