@@ -41,12 +41,21 @@ LARGE_BYTES = 16 << 30  # free memory that the check of large tensors wants
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout."""
+    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout, and of
+    decode_attention (B, Tq, Hkv, G, D, longest context).
+    """
 
     rows: tuple[int, ...] = (1, 33, 1000)
     widths: tuple[int, ...] = (64, 520, 768, 1000, 1032, 4096, 8192, 8200, 16384)
     vocabularies: tuple[int, ...] = (1, 17, 1000, 50257)
     blocks: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 33, 63), (3, 100, 768), (2, 65, 4104))
+    decode: tuple[tuple[int, int, int, int, int, int], ...] = (
+        (1, 1, 12, 1, 64, 1000),
+        (3, 1, 2, 16, 128, 5000),
+        (64, 1, 12, 1, 64, 700),
+        (3, 7, 2, 4, 128, 300),
+        (2, 130, 12, 2, 64, 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,29 @@ def check_dropout(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> I
         yield Check("dropout", short(dtype), f"[{B}, {T}, {C}]", different, 0, "elements that differ")
 
 
+def decode_inputs(device, dtype, B: int, Tq: int, H: int, G: int, D: int, context: int) -> tuple[torch.Tensor, ...]:
+    """decode_attention's arguments: rows of up to `context` positions before the queries, pages of 16 in any order."""
+    pages = -(-(context + Tq) // 16)
+    q, cache = torch.randn(B, Tq, H, G, D, device=device), torch.randn(2, B * pages, 16, H, D, device=device)
+    table = torch.randperm(B * pages, device=device).view(B, pages).int()
+    lengths = torch.arange(B, 0, -1, device=device) * context // B
+    return q.to(dtype), *cache.to(dtype), table, lengths
+
+
+def check_decode(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Iterator[Check]:
+    if dtype not in backends.COMPILED["cuda"]["decode_attention"].dtypes:
+        return
+    for shape in shapes.decode:
+        q, k, v, *where = decode_inputs(device, dtype, *shape)
+        got, again = (ops.decode_attention(q, k, v, *where) for _ in range(2))
+        with reference():
+            expected = ops.decode_attention(q.double(), k.double(), v.double(), *where)
+        error = largest_error([got], [expected])
+        yield Check("decode_attention", short(dtype), f"{list(shape)}", error, LIMITS[dtype])
+        different = int(not torch.equal(got, again))
+        yield Check("decode_attention repeated", short(dtype), f"{list(shape)}", different, 0, "the bits differ")
+
+
 def check_opcheck(device: torch.device) -> Iterator[Check]:
     """torch.library.opcheck of every registered op that has kernels."""
     x, weight, row = (torch.randn(*shape, device=device) for shape in ((4, 64), (64,), (4,)))
@@ -214,6 +246,7 @@ def check_opcheck(device: torch.device) -> Iterator[Check]:
         "linear_cross_entropy_fwd": (x, head, targets, 8, -100),
         "linear_cross_entropy_bwd": (row, x, head, targets, row, 8, -100, True, True),
         "dropout": (x.view(2, 2, 64), 0.2, key, ids, 1, 0),
+        "decode_attention": decode_inputs(device, torch.bfloat16, 2, 3, 1, 2, 64, 70),
     }
     for name, values in arguments.items():
         try:
@@ -255,6 +288,7 @@ def correctness(device: torch.device, shapes: Shapes) -> list[Check]:
         for case in cases(device, dtype, shapes):
             checks += compare(case, dtype)
         checks += check_dropout(device, dtype, shapes)
+        checks += check_decode(device, dtype, shapes)
     return checks
 
 
@@ -413,6 +447,22 @@ def dropout_timings(device, dtype, rows: int, width: int) -> Iterator[tuple[str,
     )
 
 
+def decode_timings(device, dtype, rows: int, context: int) -> Iterator[tuple[str, int, Callable, Callable]]:
+    """One query for each of 12 heads; PyTorch's keys and values lie in one piece."""
+    if dtype not in backends.COMPILED["cuda"]["decode_attention"].dtypes:
+        return
+    kernels = backends.cuda_kernels()
+    arguments = decode_inputs(device, dtype, rows, 1, 12, 1, 64, context - 1)
+    arguments[-1].fill_(context - 1)
+    q, k, v = (torch.randn(rows, 12, n, 64, device=device).to(dtype) for n in (1, context, context))
+    yield (
+        "decode_attention",
+        k.nbytes + v.nbytes,
+        lambda: kernels.decode_attention(*arguments),
+        lambda: F.scaled_dot_product_attention(q, k, v),
+    )
+
+
 # Tensors of 50 MB and more (bf16), so that they do not stay in the second-level cache (50 MB on an H100).
 TIMED = (
     (norm_timings, ((32768, 768), (16384, 2048), (8192, 8192))),
@@ -420,6 +470,7 @@ TIMED = (
     (entropy_timings, ((8192, 50257), (8192, 50304))),
     (linear_entropy_timings, ((8192, 50257),)),
     (dropout_timings, ((32768, 1024),)),
+    (decode_timings, ((16, 1024), (1, 32768), (64, 4096))),
 )
 
 

@@ -12,7 +12,8 @@ from benchmarks import gpu_check
 from tests import cuda_vm
 from tests.conftest import ROOT
 
-SMALL = gpu_check.Shapes(rows=(1, 9), widths=(64, 72), vocabularies=(1, 17), blocks=((1, 1, 1), (2, 5, 63), (2, 3, 72)))
+SMALL = gpu_check.Shapes(rows=(1, 9), widths=(64, 72), vocabularies=(1, 17), blocks=((1, 1, 1), (2, 5, 63), (2, 3, 72)),
+                         decode=((2, 1, 2, 1, 64, 70), (1, 20, 1, 2, 128, 0)))
 CPU = torch.device("cpu")
 
 
@@ -26,7 +27,8 @@ def test_checks_pass_on_the_test_device(device):
         checks = gpu_check.correctness(CPU, SMALL)
     assert log.launches
     assert [check for check in checks if not check.ok] == []
-    assert {"layer_norm", "residual_layer_norm", "bias_gelu", "cross_entropy", "dropout"} <= {c.name for c in checks}
+    names = {"layer_norm", "residual_layer_norm", "bias_gelu", "cross_entropy", "dropout", "decode_attention"}
+    assert names <= {check.name for check in checks}
 
 
 def test_checks_notice_the_reference():
@@ -46,7 +48,7 @@ def test_report(device, tmp_path):
     timed = tuple((make, ((4, 64),)) for make, _ in gpu_check.TIMED)
     with device.run(races=False):
         times = gpu_check.timings(CPU, 2, timed, (torch.bfloat16,))
-    assert len(times) == 10
+    assert len(times) == 11
     bad = gpu_check.Check("op", "float32", "[1]", 0.5, 0.1, "why")
     checks = [bad, gpu_check.Check("op", "float32", "[2]", 0, 0.1)]
     gpu_check.write(tmp_path, gpu_check.environment(CPU), checks, times, 1e9)
