@@ -20,29 +20,44 @@ _STRIDE = r"(args\.width|args\.row_stride|args\.channels|args\.positions|args\.h
 _SCALE = r"(kLog2e|kLinear|kTwoSqrt2OverPi|kCubic|mean|rstd|mean_g|mean_g_xhat|dloss|lse|log_sum|args\.scale" \
          r"|args\.eps)"
 
+# Of decode_attention.cu.
+_DECODE_SIZE = r"(capacity|all_rows|rows_left|end_tile|left|rows)"
+_DECODE_STRIDE = r"(args\.(?:group|kv_heads|queries|table_pages|batch|q_strides\[\d\])|all_rows|rows|keys\.share" \
+                 r"|kHeadDim|kRows|kStageBytes|kPartBytes|kDecodeKeys|kWarpKeys|Part::kRowsAtOnce|kRowsAtOnce)"
+_DECODE_SCALE = r"(weight|factor|subtrahend|scale_log2|values\.[xyzw])"
+
 # kind -> (pattern, replacement). Every match in device code is one mutant.
 RULES: dict[str, list[tuple[str, str]]] = {
-    "guard": [(rf"< {_SIZE}\b(?![.\[(*])", r"<= \1"), (rf">= {_SIZE}\b(?![.\[(*])", r"> \1"),
+    "guard": [(rf"< {_DECODE_SIZE}\b(?![.\[(])", r"<= \1"), (rf">= {_DECODE_SIZE}\b(?![.\[(])", r"> \1"),
+              (rf"< {_SIZE}\b(?![.\[(*])", r"<= \1"), (rf">= {_SIZE}\b(?![.\[(*])", r"> \1"),
               (r"< (vectors|elements|count|args\.chunks)\b", r"<= \1"), (r"- first < k", "- first > k"),
               (r"thread == 0", "thread <= 1"), (r"lane == 0", "lane <= 1"), (r"lane != 0", "lane > 1")],
     "mask": [(r">= args\.threshold", "< args.threshold"), (r"== args\.ignore_index", "!= args.ignore_index"),
              (r"== own_class", "!= own_class"), (r"== own\b", "!= own"), (r"target >= 0", "target >= 1"),
              (r"inside \?", "!inside ?"), (r"ignored \?", "!ignored ?"),
              (r"== Dtype::", "!= Dtype::"), (r"<= chunk\b", "< chunk"),
-             (r"aligned_to\(\w+, (?:[^()]|\([^()]*\))*\)", "true")],
+             (r"aligned_to\(\w+, (?:[^()]|\([^()]*\))*\)", "true"),
+             (r"% 2 > last", "% 2 >= last"), (r"maximum == -INFINITY", "maximum == INFINITY"),
+             (r"> keys\.common", "> keys.common + 1"), (r"length < 0 \|\| ", ""), (r" \|\| length > capacity", ""),
+             (r"max\(min\(pages\[i\], last_page\), 0\)", "max(pages[i], 0)"),
+             (r"max\(min\(pages\[i\], last_page\), 0\)", "min(pages[i], last_page)"),
+             (r"min\((\(position .*), last_entry\)", r"\1")],
     "stride": [(rf"\* {_STRIDE}\b(?!\()", r"* (\1 + 1)"), (r"p \* stride", "p * (stride + 1)"),
                (r"\+= kFoldGroups", "+= kFoldGroups + 1"), (r"\+= row_step", "+= row_step + 1"),
                (r"\+= threads", "+= threads + 1"), (r"\+= blockDim\.x", "+= blockDim.x + 1"),
                (r"\+= kTileThreads", "+= kTileThreads + 1"), (r"\+= (k(?:AdamW|Norm)\w*Threads)\b", r"+= \1 + 1"),
                (r"\* (kNormThreads|k\w+Chunk)\b", r"* (\1 + 1)"), (r"begun - 1", "begun"),
-               (r"kVector \+ threadIdx", "kVector + 1 + threadIdx"), (r"- args\.first_chunks\[i\]", "")],
+               (r"kVector \+ threadIdx", "kVector + 1 + threadIdx"), (r"- args\.first_chunks\[i\]", ""),
+               (r"\+= kDecodeThreads", "+= kDecodeThreads + 1"),
+               (rf"(?<=\* ){_DECODE_STRIDE}(?![\w(])", r"(\1 + 1)"), (r"(?<=/ )args\.group", "(args.group + 1)")],
     "scale": [(r"float\(width\)", "float(width + 1)"), (rf"(?<=[-*+(] ){_SCALE}\b(?! =)", r"(\1 * 1.01f)"),
               (r"\b1\.0f\b(?=[ )])", "1.02f"), (r"distance > 0", "distance > 1"), (r"0xD2511F53u", "0xD2511F55u"),
               (r"0xCD9E8D57u", "0xCD9E8D59u"), (r"0x9E3779B9u", "0x9E3779B7u"), (r"0xBB67AE85u", "0xBB67AE83u"),
               (r"\bs\.(decay|beta1_complement|beta2|beta2_complement|root_correction|eps|step_size)\b",
                r"(s.\1 * 1.01f)"), (r"\* (grad_scale|values\[j\])(?=[,;])", r"* (\1 * 1.01f)"),
               (r"double\(piece\)", "double(piece * 1.01f)"), (r"\bkPhiloxRounds;", "kPhiloxRounds - 1;"),
-              (r"site\) << 16", "site) << 15")],
+              (r"site\) << 16", "site) << 15"),
+              (rf"(?<=[-*] ){_DECODE_SCALE}\b", r"(\1 * 1.01f)")],
 }
 
 

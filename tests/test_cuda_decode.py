@@ -1,8 +1,8 @@
-"""decode_attention on CUDA, run from its PTX: numbers against float64, what it may read, determinism, memory traffic.
+"""decode_attention on CUDA, run from its PTX: numbers against float64, what it reads, determinism, memory traffic.
 
-Each element is held to the bound in the header of csrc/cuda/decode_attention.cu. Slots that were never written and pages
-that are in no table hold NaN; entries of a table beyond a row's context are no pages. The machine checks at the same
-time that no access leaves a tensor, that nothing uninitialised is read, and that no two threads race.
+Each element is held to the bound in the header of csrc/cuda/decode_attention.cu. Slots that were never written and
+pages that are in no table hold NaN; entries of a table beyond a row's context are no pages. The machine checks at the
+same time that no access leaves a tensor, that nothing uninitialised is read, and that no two threads race.
 """
 
 import math
@@ -75,7 +75,7 @@ def paged(lengths, Tq, H, D, dtype, page=16, table_pages=None) -> Paged:
 
 def exact(q, cache: Paged):
     """out (B, Tq, Hkv, G, D) in float64, and the largest error that each element may have."""
-    B, Tq, H, G, D = q.shape
+    _, Tq, _, _, D = q.shape
     q, k, v = q.double(), cache.k.double(), cache.v.double()
     hidden = torch.arange(k.shape[1]) > (cache.lengths[:, None] + torch.arange(Tq))[..., None]  # (B, Tq, T)
     hidden = hidden[:, :, None, None]

@@ -168,6 +168,43 @@ REFUSED = [
     (drop, {"row_offset": -1}, "dropout: row_offset is -1"),
 ]
 
+Q, CACHE = randn(2, 3, 1, 2, 64, dtype=BF16), randn(5, 4, 1, 64, dtype=BF16)
+TABLE, LENGTHS = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([0, 5])
+HEADS_64 = randn(2, 3, 2, 1, 64, dtype=BF16)
+
+
+def decode(q=Q, k_cache=CACHE, v_cache=CACHE, table=TABLE, lengths=LENGTHS):
+    return VM.decode_attention(q, k_cache, v_cache, table, lengths)
+
+
+DECODE_REFUSED = [
+    (decode, {"q": Q[0]}, "decode_attention: q has shape (3, 1, 2, 64), expected (B, Tq, Hkv, G, D)"),
+    (decode, {"q": Q.to("meta")}, "decode_attention: the first tensor is on another kind of device"),
+    (decode, {"q": Q.float()}, "decode_attention: q is float32, expected bfloat16 or float16"),
+    (decode, {"q": Q[..., :32]}, "decode_attention: q has D=32, expected 64 or 128"),
+    (decode, {"q": Q[:, :, :, :0]}, "decode_attention: q has G=0, expected at least 1"),
+    (decode, {"q": HEADS_64}, "k_cache has shape (5, 4, 1, 64), expected (pages, page, 2, 64)"),
+    (decode, {"q": randn(2, 3, 1, 2, 68, dtype=BF16)[..., :64]}, "q has a stride of 68 elements, expected a multiple"),
+    (decode, {"q": randn(2, 3, 1, 64, 2, dtype=BF16).mT}, "decode_attention: q has rows that are not contiguous"),
+    (decode, {"q": randn(769, dtype=BF16)[1:].view(2, 3, 1, 2, 64)}, "q does not start at a multiple of 16 bytes"),
+    (decode, {"k_cache": CACHE[0]}, "k_cache has shape (4, 1, 64), expected (pages, page, Hkv, D)"),
+    (decode, {"k_cache": CACHE[:, :3]}, "decode_attention: k_cache has pages of 3 positions, expected a power of two"),
+    (decode, {"k_cache": CACHE[:, :0]}, "decode_attention: k_cache has pages of 0 positions, expected a power of two"),
+    (decode, {"k_cache": CACHE[:0]}, "decode_attention: k_cache has 0 pages of 4, expected 1 to"),
+    (decode, {"k_cache": CACHE.half()}, "decode_attention: k_cache is float16, expected bfloat16 as q"),
+    (decode, {"k_cache": CACHE[:, :2], "v_cache": CACHE[:, :2]}, "decode_attention: k_cache is not contiguous"),
+    (decode, {"v_cache": CACHE[:4]}, "v_cache has shape (4, 4, 1, 64), expected (5, 4, 1, 64) as k_cache"),
+    (decode, {"v_cache": CACHE.half()}, "decode_attention: v_cache is float16, expected bfloat16 as q"),
+    (decode, {"v_cache": CACHE.to("meta")}, f"decode_attention: v_cache is on {ELSEWHERE}"),
+    (decode, {"table": TABLE[0]}, "decode_attention: block_table has shape (2), expected (B, P)"),
+    (decode, {"table": TABLE[:1]}, "decode_attention: block_table has 2 elements, expected B*P=4"),
+    (decode, {"table": TABLE.long()}, "decode_attention: block_table is int64, expected int32"),
+    (decode, {"table": TABLE[:, :0]}, "3 queries, tables of 0 pages of 4, expected 1 to 1073741824 positions"),
+    (decode, {"lengths": LENGTHS[:1]}, "decode_attention: lengths has 1 elements, expected B=2"),
+    (decode, {"lengths": LENGTHS.int()}, "decode_attention: lengths is int32, expected int64"),
+]
+REFUSED += DECODE_REFUSED
+
 
 @pytest.mark.parametrize(("op", "arguments", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
 def test_bad_arguments_are_named(device, op, arguments, message):
@@ -279,6 +316,7 @@ def test_zero_rows_launch_nothing_and_give_zero_gradients(device):
             (gelu(x), *gelu_backward(x, x, W)),
             (*entropy(x, none), entropy_backward(statistic, x, none, statistic)),
             (drop(X3[:0], ids=IDS[:0]), drop(X3[:, :0])),
+            (decode(Q[:0], table=TABLE[:0], lengths=LENGTHS[:0]), decode(Q[:, :0])),
         ]
     assert log.launches == []
     assert all(tensor.isfinite().all() for group in outputs for tensor in group)

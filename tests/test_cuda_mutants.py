@@ -13,6 +13,7 @@ import torch
 from gptdist import ops
 from tests import adamw_cases, cuda_vm, mutants
 from tests.mutants import CUDA, Kernel
+from tests.test_cuda_decode import exact, paged, within
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -126,6 +127,23 @@ def grad_norm_case(run: Callable, shapes: list, dtypes: tuple = (FP32,), offset:
     assert abs(norm.double() / wanted - 1) < 2e-7, "values of norm"
 
 
+def decode_case(run: Callable, lengths: tuple[int, ...], Tq: int, H: int, G: int, D: int = 64,
+                held: int | None = None, nowhere: int = 0) -> None:
+    """held: positions that the tables hold, fewer than the rows reach; the last row is then said to be `nowhere`."""
+    torch.manual_seed(0)
+    cache, q = paged(lengths, Tq, H, D, FP16), numbers(len(lengths), Tq, H, G + 2, D, seed=1, dtype=FP16)[:, :, :, :G]
+    wanted, bound = exact(q, cache)
+    beyond = cache.lengths[:, None] + torch.arange(Tq) >= (held or 1 << 30)  # (B, Tq)
+    lengths, table, last = cache.lengths.clone(), cache.block_table[:, : held and held // 16], len(cache.k_cache) - 1
+    if held:
+        lengths[-1], beyond[-1] = nowhere, True
+    table = torch.where(table == last, 1 << 30, torch.where(table == 0, -9, table)).int()  # the nearest pages are these
+    with run():
+        got = torch.ops.gptdist_vm.decode_attention(q, cache.k_cache, cache.v_cache, table, lengths)
+    right = got[beyond].isnan().all() and within(got[~beyond], wanted[~beyond], bound[~beyond])
+    assert right, "values of out"
+
+
 @dataclass(frozen=True)
 class Family:
     """A source file: `headers` that are changed with it, the kernels that mutants are made of, the cases (a case runs
@@ -182,6 +200,19 @@ FAMILIES = {
          partial(grad_norm_case, shapes=[(9, 131), (16401,), (5,)], dtypes=(FP16, BF16, FP32), offset=1),
          partial(grad_norm_case, shapes=[(16401,), (8197,), (300,)], dtypes=(BF16, FP16)),
          partial(grad_norm_case, shapes=[(i % 3 + 1,) for i in range(1100)]))),
+    "decode_attention": Family(
+        (),
+        ("decode_attention_kernel<Fp16, 64, 16>", "decode_attention_kernel<Fp16, 64, 64>",
+         "decode_merge_kernel<Fp16, 64, 64>"),
+        (partial(decode_case, lengths=(70, 9), Tq=1, H=2, G=3),
+         partial(decode_case, lengths=(100, 62), Tq=30, H=2, G=3),
+         partial(decode_case, lengths=(50, 60, 5), Tq=20, H=1, G=3, held=64, nowhere=-1),
+         partial(decode_case, lengths=(89, 60, 5), Tq=40, H=1, G=2, held=128, nowhere=1 << 40),
+         partial(decode_case, lengths=(0,), Tq=150, H=1, G=1),
+         partial(decode_case, lengths=(400, *[0] * 66), Tq=1, H=2, G=1),
+         partial(decode_case, lengths=(380, *[0] * 44), Tq=20, H=3, G=1),
+         partial(decode_case, lengths=(70, 9), Tq=1, H=2, G=3, D=128),
+         partial(decode_case, lengths=(100, 20), Tq=30, H=2, G=3, D=128))),
 }
 
 # Changed lines that compute the same, and why: such a mutant is not counted, and fails if it is caught after all.
@@ -201,6 +232,13 @@ EQUIVALENT = {
     "begun += __syncthreads_count(i <= count && first_chunks[i] <= chunk);":
         "a pointer follows in the table, more than any chunk's number",
     "for (int32_t i = threadIdx.x; i <= vectors; i += kNormVectors * kNormThreads) {": "its body is guarded again",
+    "const int32_t first = keys.before + first_row / (args.group + 1);": "masks tiles that need none",
+    "if ((tile + 1) * (kDecodeKeys + 1) > keys.common) hide(s, tile * kDecodeKeys + warp_key + lane.t2);":
+        "masks tiles that need none",
+    "if (first_tile > end_tile) return;": "such a split finds nothing, and what it writes is not read",
+    "if (warp_row <= rows_left) {": "only saves work",
+    "constexpr int kPartBytes = kHeadDim * 4 + 32, kParts = kKeyWarps * (kRows + 1);": "a gap between parts and states",
+    "const uint32_t states = stages + kParts * (kPartBytes + 1);": "a gap between parts and states",
 }
 
 
@@ -232,7 +270,8 @@ def test_the_cases_pass_unchanged(device, name):
             case(partial(device.run, global_races=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "decode_attention" else ()) for name in FAMILIES])
 def test_every_source_mutant_is_caught(device, name, tmp_path):
     family = FAMILIES[name]
     kernels = [Kernel(kernel) for kernel in family.kernels]
@@ -270,9 +309,9 @@ def launched(device: cuda_vm.Device, cases: tuple[Callable, ...]) -> list[str]:
 
 
 def synchronisations(device: cuda_vm.Device) -> dict[str, int]:
-    """Kernel name -> barriers and waits in it, of all that ship but attention's, which have no mutants yet."""
-    return {kernel: len(mutants.SYNCHRONISATION.findall(body))
-            for text in device.ptx for kernel, body in mutants.entries(text).items() if "attention_" not in kernel}
+    """Kernel name -> barriers and waits in it, of all that ship but training's attention, which has no mutants yet."""
+    return {kernel: len(mutants.SYNCHRONISATION.findall(body)) for text in device.ptx
+            for kernel, body in mutants.entries(text).items() if not template_of(kernel).startswith("attention_")}
 
 
 def template_of(kernel: str) -> str:

@@ -70,3 +70,5 @@ def test_wrong_arguments_are_named():
         decode_attention(q, cache, cache, table, lengths.int())
     with pytest.raises(ValueError, match="reaches 5 positions, its block table holds 4"):
         decode_attention(q, cache, cache, table, torch.tensor([4]))
+    with pytest.raises(ValueError, match="reaches 5 positions, its block table holds 4"):
+        decode_attention(q.expand(1, 5, 1, 2, 8), cache, cache, table, torch.tensor([0]))

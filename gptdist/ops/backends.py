@@ -211,7 +211,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where its last dimension is not contiguous or its rows begin at no multiple of ALIGNMENT."""
+    """x (..., D), or a contiguous copy where a row of D is not contiguous or begins at no multiple of ALIGNMENT."""
     step = ALIGNMENT // x.element_size()
     in_steps = all(n == 1 or stride % step == 0 for n, stride in zip(x.shape[:-1], x.stride(), strict=False))
     return x if in_steps and x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0 else aligned(x)
