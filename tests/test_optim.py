@@ -64,3 +64,42 @@ def test_slots_made_beforehand_do_not_change_the_first_step():
         return p.detach().clone()
 
     assert torch.equal(one_step(False), one_step(True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_is_torchs(dtype):
+    """Over steps in which a parameter has no gradient at first, and with the gradient scaled."""
+    def parameters():
+        generator = torch.Generator().manual_seed(1)
+        return [("matrix", torch.nn.Parameter(torch.randn(5, 7, generator=generator, dtype=dtype))),
+                ("vector", torch.nn.Parameter(torch.randn(9, generator=generator, dtype=dtype)))]
+
+    config, ours, theirs = OptimConfig(lr=0.05, weight_decay=0.3), parameters(), parameters()
+    optimizer = build_adamw(ours, config)
+    groups = [dict(params=[theirs[0][1]], weight_decay=0.3), dict(params=[theirs[1][1]], weight_decay=0.0)]
+    reference = torch.optim.AdamW(groups, lr=0.05, betas=(config.beta1, config.beta2), eps=config.eps)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(5):
+        for (name, p), (_, q) in zip(ours, theirs, strict=True):
+            if name == "vector" or step >= 2:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+                q.grad = 0.25 * p.grad
+        optimizer.step(grad_scale=torch.tensor(0.25))
+        reference.step()
+    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-6, atol=1e-7)
+    for (_, p), (_, q), steps in zip(ours, theirs, (3, 5), strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+        mine = slots(optimizer, p)
+        assert mine["step"].item() == reference.state[q]["step"].item() == steps
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(mine[name], reference.state[q][name], **tolerance)
+
+
+def test_parameters_of_one_group_at_different_steps():
+    first, late = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = build_adamw([("first", first), ("late", late)], OptimConfig(lr=0.1))
+    first.grad = torch.ones(3)
+    optimizer.step()
+    first.grad, late.grad = None, torch.ones(3)
+    optimizer.step()
+    assert torch.equal(first, late)  # each has taken its step 1
