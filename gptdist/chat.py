@@ -99,8 +99,9 @@ class Chat:
     def _check_length(self, n: int) -> None:
         context = self.generator.context
         if n >= context:
-            raise UserError(f"that is {n} tokens with all that goes around it, the model's context is {context}: say "
-                            f"less")
+            shorter = "say less" if self.system is None else "say less, or shorten the system prompt"
+            raise UserError(f"that is {n} tokens with all that goes around it, the model's context is {context}: "
+                            f"{shorter}")
 
     def to_json(self) -> str:
         """The conversation as a line of chat messages, which fine-tuning reads."""
@@ -157,7 +158,14 @@ class Terminal:
                        f"the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _read(self) -> str | None:
-        """The next line, or None at the end."""
+        """The next line, or None at the end. Raises UserError for bytes that are no text."""
+        try:
+            return self._next_line()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the input is not {error.encoding.upper()} text (byte 0x{error.object[error.start]:02x}); "
+                            f"convert it") from None
+
+    def _next_line(self) -> str | None:
         if not self.interactive:
             line = self.stdin.readline()
             return line.rstrip("\r\n") if line else None

@@ -290,6 +290,9 @@ def run_classify(args: argparse.Namespace) -> int:
 
     texts = args.text or read_texts(args.file, text_field=args.text_field)
     labeller = Labeller(_checkpoint(args), device=_device(args.device), verify=args.verify)
+    if truncated := labeller.truncated(texts):
+        print(f"gptdist classify: {truncated} of {len(texts)} texts cut to the model's context of "
+              f"{labeller.config.model.context} tokens", file=sys.stderr)
     for line in labeller.lines(texts, batch_size=args.batch_size):
         if args.json:
             print(json.dumps(line))

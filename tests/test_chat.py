@@ -107,6 +107,18 @@ def test_commands(tmp_path, capsys):
     assert (conversation.system, [t.text for t in conversation.turns]) == ("Be brief.", ["Hi", "one"])
 
 
+def test_input_that_is_no_text_is_named():
+    lines = io.TextIOWrapper(io.BytesIO(b"Hi \xff\n"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"the input is not UTF-8 text \(byte 0xff\); convert it"):
+        Terminal(chat("one"), lines).run()
+
+
+def test_a_system_prompt_as_long_as_the_context_is_named(capsys):
+    talk = chat(template=dataclasses.replace(SHORT, system="<{system}>"), system="x" * 99)
+    run(talk, "Hi\n")
+    assert "say less, or shorten the system prompt" in capsys.readouterr().err
+
+
 def test_a_template_without_a_system_slot_says_so(capsys):
     talk = chat("one")
     run(talk, "/system x\nHi\n")

@@ -317,7 +317,10 @@ def test_probabilities_do_not_depend_on_the_company(references, texts):
 def test_commands(references, base, texts, tmp_path, capsys):
     run = str(references / "plain")
     assert main(["classify", run, "--file", str(texts), "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    cut = sum(len(json.loads(line)["text"].encode()) > 47 for line in texts.read_text().splitlines())
+    assert err == f"gptdist classify: {cut} of 90 texts cut to the model's context of 48 tokens\n"
+    lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 90
     assert all(line["probability"] == max(line["probabilities"].values()) for line in lines)
     path = tmp_path / "pretrain.yaml"
@@ -325,6 +328,7 @@ def test_commands(references, base, texts, tmp_path, capsys):
     for arguments, message in ((["generate", run, "--prompt", "x"], "is a classifier, which writes no text"),
                                (["classify", str(base), "--text", "x"], "is no classifier, its task.name is pretrain"),
                                (["classify", run, "--text", "x", "--batch-size=0"], "batch size is 0"),
+                               (["classify", run, "--text", "x", "--text", " "], "text 2 is empty"),
                                (["finetune", str(path)], "has task.name=pretrain: set task.name to classify")):
         assert main(arguments) == 2
         error = capsys.readouterr().err

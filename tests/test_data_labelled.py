@@ -49,7 +49,11 @@ def test_columns_of_other_names_and_labels_that_are_numbers(tmp_path):
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("a.csv", "text,label\nhi,ham\nyou,\nme, \n", "2 rows have no label (lines 3, 4): expected a text and a label"),
     ("a.csv", "text,label\n ,ham\n", "1 row has an empty text (line 2)"),
-    ("a.csv", "txt,label\nhi,ham\n", "has no column 'text', its first line names txt, label: set classify.text_field"),
+    ("a.csv", "txt,label\nhi,ham\n", "has no column 'text', its first line names txt, label: columns are separated by "
+                                     "commas, and named by classify.text_field and classify.label_field"),
+    ("a.csv", "text;label\nhi;ham\n", "its first line names text;label: columns are separated by commas"),
+    ("a.csv", 'text,label\n"hi,ham\nyou,spam\n', "names 2 columns: quote fields that have the separator in "
+                                                   "them, and close every quote"),
     ("a.csv", "text,label\nhi, you,ham\n", "line 2 has 3 fields, its first line names 2 columns"),
     ("a.csv", "", "has no rows"),
     ("a.tsv", "one\ttwo\tthree\n", "has no column 'text'"),
@@ -91,6 +95,8 @@ def test_texts_without_labels(tmp_path):
     assert read_texts(write(tmp_path, "b.jsonl", '{"text": "one"}\n')) == ["one"]
     with pytest.raises(UserError, match=r"1 row has an empty text \(line 2\)"):
         read_texts(write(tmp_path, "b.txt", "one\n\ntwo\n"))
+    with pytest.raises(UserError, match=r"no column 'text', its first line names id, txt: .* named by --text-field$"):
+        read_texts(write(tmp_path, "b.csv", "id,txt\n1,one\n"))
     with pytest.raises(UserError, match="has no texts"):
         read_texts(write(tmp_path, "c.txt", ""))
 
@@ -134,4 +140,7 @@ def test_embedded_texts():
     rows = embedded_labelled()
     assert len(rows) > 3000
     assert len(find_labels(rows)) == 7
-    assert len({row.text for row in rows}) == len(rows)
+    docstrings = {row.text.partition("\n\n")[2] for row in rows if "." in row.where}
+    assert len(docstrings) == sum("." in row.where for row in rows)
+    [row] = [row for row in rows if row.where == "os.path.join" or row.where == "posixpath.join"]
+    assert row.text.startswith("join\n\nJoin two or more pathname components")

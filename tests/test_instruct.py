@@ -235,6 +235,11 @@ def test_adapters_on_a_grown_vocabulary(base, data, tmp_path, save, capsys):
     assert train_rows(tmp_path / "next")[0]["loss"] < train_rows(tmp_path / "lora")[0]["loss"], "what it learned stays"
 
 
+def test_test_data_is_refused(base, data, tmp_path):
+    with pytest.raises(UserError, match=r"task\.test_data is not for task\.name=instruct"):
+        finetune(data, base, tmp_path, f"--task.test_data={data}")
+
+
 def test_no_validation_data(base, data, tmp_path, capsys):
     finetune(data, base, tmp_path, "--task.val_fraction=0", "--train.stop_at=1")
     assert "no validation data: nothing is evaluated" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from gptdist.errors import UserError
 _JSONL = {".jsonl", ".ndjson"}
 _MAX_FIELD = 16 << 20  # characters; more is a quote that nothing closes
 _SHOWN = 5  # line numbers in a message
+_FIELD_OPTIONS, _TEXT_OPTION = "classify.text_field and classify.label_field", "--text-field"  # finetune's, classify's
 
 # Embedded: what a docstring of the standard library is about, told by its top-level module.
 FAMILIES = {
@@ -130,7 +131,7 @@ def _jsonl_records(path: Path, text_field: str, label_field: str | None) -> Iter
         if not isinstance(record, dict) or text_field not in record:
             has = f"keys {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise UserError(f"{path} line {line} has no field {text_field!r}, it has {has[:200]}: set "
-                            f"classify.text_field")
+                            f"{_FIELD_OPTIONS if label_field else _TEXT_OPTION}")
         value, label = record[text_field], record.get(label_field)
         if not isinstance(value, str):
             raise UserError(f"{path} line {line}: {text_field!r} is a {type(value).__name__}, expected a text")
@@ -155,8 +156,9 @@ def _table_records(path: Path, text_field: str, label_field: str | None) -> Iter
             return
         if suffix == ".csv" or len(columns) != 2 or label_field is None:
             missing = next(name for name in wanted if name not in columns)
-            raise UserError(f"{path} has no column {missing!r}, its first line names {', '.join(columns)[:200]}: set "
-                            f"classify.text_field and classify.label_field")
+            how = f"columns are separated by {'commas' if suffix == '.csv' else 'tabs'}, and named by "
+            raise UserError(f"{path} has no column {missing!r}, its first line names {', '.join(columns)[:200]}: {how}"
+                            f"{_FIELD_OPTIONS if label_field else _TEXT_OPTION}")
         rows = (row for part in ([first], rows) for row in part)  # no header: label<TAB>text
     for line, fields in rows:
         if len(fields) != 2:
@@ -170,7 +172,7 @@ def _named_columns(path: Path, rows: Iterator[tuple[int, list[str]]], columns: l
     for line, fields in rows:
         if len(fields) != len(columns):
             raise UserError(f"{path} line {line} has {len(fields)} fields, its first line names {len(columns)} "
-                            f"columns: quote fields that have the separator in them")
+                            f"columns: quote fields that have the separator in them, and close every quote")
         values = [fields[place] for place in places]
         yield line, values[0], values[1] if len(values) > 1 else None
 
@@ -257,7 +259,11 @@ def _draw(n: int, count: int, seed: int) -> np.ndarray:
 
 
 def embedded_labelled() -> list[LabelledText]:
-    """Docstrings of the standard library, labelled by what their module is for; each text once."""
+    """Docstrings of the standard library, labelled by what their module is for; each docstring once.
+
+    Before it stands the name of what it describes, without those of module and class: "readline", a blank line, "Read
+    and return one line ...".
+    """
     families = {module: family for family, modules in FAMILIES.items() for module in modules}
     found: dict[str, LabelledText] = {}
     shared = set()
@@ -266,6 +272,8 @@ def embedded_labelled() -> list[LabelledText]:
         if family is None or len(text) < _SHORTEST_DOCSTRING:
             continue
         key = re.sub(r"\s+", " ", text)
+        if "." in name:
+            text = f"{name.rpartition('.')[2]}\n\n{text}"
         if found.setdefault(key, LabelledText(text, family, name)).label != family:
             shared.add(key)
     return [row for key, row in found.items() if key not in shared]

@@ -253,13 +253,13 @@ class Labeller:
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
-        """(texts, labels) fp32, rows sum to 1. Raises UserError for a text without tokens."""
+        """(texts, labels) fp32, rows sum to 1; texts are cut as in training. Raises UserError for an empty text."""
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}, expected at least 1")
-        examples = [Example(text_tokens(text, self.config, self.tokenizer)[0], 0) for text in texts]
-        for number, example in enumerate(examples, 1):
-            if len(example.tokens) == 0:
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
                 raise UserError(f"text {number} is empty, expected a text to classify")
+        examples = [Example(text_tokens(text, self.config, self.tokenizer)[0], 0) for text in texts]
         lengths = np.array([len(example.tokens) for example in examples], np.int64)
         result = torch.empty(len(texts), len(self.labels))
         for batch in eval_batches(examples, lengths=lengths, micro_batch=batch_size,
@@ -267,6 +267,10 @@ class Labeller:
             logits = self.model(batch.tokens.to(self.device), batch.lengths.to(self.device))
             result[batch.sample_ids] = logits.softmax(1).cpu()
         return result
+
+    def truncated(self, texts: Iterable[str]) -> int:
+        """How many of the texts are longer than the context."""
+        return sum(text_tokens(text, self.config, self.tokenizer)[1] > self.config.model.context for text in texts)
 
     def lines(self, texts: Sequence[str], *, batch_size: int = 16) -> Iterator[dict[str, Any]]:
         """{"text", "label", "probability", "probabilities"} of each text."""

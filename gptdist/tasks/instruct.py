@@ -23,6 +23,7 @@ from gptdist.data.loader import IGNORED, Batch
 from gptdist.data.questions import python_questions
 from gptdist.data.templates import encode, load_template
 from gptdist.data.tokenizer import Tokenizer, extend
+from gptdist.errors import UserError
 from gptdist.evaluate.text_metrics import exact_match, rouge_l, score_texts
 from gptdist.generate import Completion, Generator, Sampling
 from gptdist.metrics import append_rows, drop_rows_after
@@ -42,6 +43,8 @@ class Instruct(FineTune):
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
+        if config.task.test_data:
+            raise UserError("task.test_data is not for task.name=instruct, which measures on task.val_data: use that")
         self.template = load_template(config.instruct.template)
         train, val, self._notes = read_data(config)
         self.start(lambda: (turn.text for c in train for turn in c.turns))
