@@ -5,8 +5,8 @@ k and v are in the cache already. Position s of row b lies in page block_table[b
 
     o = softmax(q k^T / sqrt(D)) v, fp32 (fp64 for float64)
 
-Reads the pages in use of every row once, writes out. No autograd. `cpu` is csrc/cpu/decode_attention.h. Source: Kwon et al., "Efficient memory management
-for LLM serving with PagedAttention" (2023), section 4.1.
+Reads the pages in use of every row once, writes out. No autograd. On a CPU the kernels are csrc/cpu/decode_attention.h.
+Source: Kwon et al., "Efficient memory management for LLM serving with PagedAttention" (2023), section 4.1.
 """
 
 import math
