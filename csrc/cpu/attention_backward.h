@@ -184,7 +184,8 @@ GPTDIST_INLINE void backward_task(const AttentionBackward<T>& args, const Backwa
       for (int64_t t = shape.causal ? most(first, key) : first; t < task.queries.end; t += kTileQueries) {
         const Span seen = keys_of(shape, b, {t, least(t + kTileQueries, task.queries.end)});
         if (seen.begin >= key + kTileKeys) continue;
-        gradient_tile(args, task, g, t, key, D, joined, scratch.dq + (g * padded + t - first) * D, scratch);
+        float* dq = task.write_dq ? scratch.dq + (g * padded + t - first) * D : nullptr;
+        gradient_tile(args, task, g, t, key, D, joined, dq, scratch);
       }
     }
     if (task.write_dkv) {

@@ -10,9 +10,9 @@ again. Reads the packed qkv, writes out and L; the backward writes one packed dq
 float64). Sources: Vaswani et al. (2017) 3.2.1; Dao et al., "FlashAttention" (2022), appendix B; Ainslie et al.,
 "GQA" (2023).
 
-Four paths. `cuda` is csrc/cuda/attention_*.cu, `cpu` is csrc/cpu/attention_*. `math` is the reference: blocks of queries
-over blocks of (batch, kv head) pairs, so that no more than BLOCK_ELEMENTS scores exist at once. On a CPU, `flash` hands
-what the compiled kernels do not take to PyTorch's own, if it is plain (no dropout, no documents).
+Four paths. `cuda` is csrc/cuda/attention_*.cu, `cpu` is csrc/cpu/attention_*. `math` is the reference: blocks of
+queries over blocks of (batch, kv head) pairs, so that no more than BLOCK_ELEMENTS scores exist at once. On a CPU,
+`flash` hands what the compiled kernels do not take to PyTorch's own, if it is plain (no dropout, no documents).
 """
 
 import math

@@ -1,0 +1,172 @@
+// Runs the CPU kernels over shapes with ragged ends, on every instruction set of this processor, on buffers of exactly
+// the size that each kernel may touch. Compiled with -fsanitize=address,undefined (tests/test_cpu_sanitize.py), which reports
+// what goes wrong; this program itself only fails where a result is not finite.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/bias_gelu.h"
+
+using namespace gptdist::cpu;
+
+namespace {
+
+float value(const float& x) { return x; }
+float value(const Bf16& x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
+template <class T>
+std::vector<T> numbers(int64_t count) {
+  static uint32_t state = 1;
+  std::vector<T> found(count);
+  for (T& x : found) {
+    state = state * 1664525u + 1013904223u;
+    const float number = float(int32_t(state)) / 2147483648.0f;
+    std::memcpy(&x, reinterpret_cast<const char*>(&number) + sizeof number - sizeof x, sizeof x);  // bf16: its upper half
+  }
+  return found;
+}
+
+template <class T>
+void check(const std::vector<T>& found, const char* what) {
+  for (const T& x : found) {
+    if (std::isfinite(value(x))) continue;
+    std::printf("%s is not finite\n", what);
+    std::exit(1);
+  }
+}
+
+struct Scratch {
+  explicit Scratch(size_t bytes) : block(static_cast<std::byte*>(std::aligned_alloc(64, bytes)), &std::free) {}
+  std::unique_ptr<std::byte, decltype(&std::free)> block;
+};
+
+template <class T>
+Heads<T> packed(T* data, int64_t positions, int64_t kv_heads, int64_t slots, int64_t D) {
+  return {data, positions * kv_heads * slots * D, kv_heads * slots * D, slots * D, D};
+}
+
+struct Case {
+  int64_t positions, group, head_dim;
+  bool causal, documents, dropout;
+};
+
+template <class T>
+void attention(const Case& c, Isa isa) {
+  const int64_t B = 2, T_ = c.positions, H = 2, G = c.group, D = c.head_dim;
+  const auto& kernels = attention_kernels<T>(isa);
+  std::vector<int32_t> starts(B * T_);
+  for (int64_t i = 0; i < B * T_; ++i) starts[i] = int32_t(i % T_ >= T_ / 3 ? T_ / 3 : 0);
+  const std::vector<int64_t> ids(B, 7);
+  AttentionShape shape{B, T_, H, G, D, c.causal, c.documents ? starts.data() : nullptr, {}, nullptr};
+  if (c.dropout) shape.dropout = {ids.data(), 12345, 1u << 30, 4.0f / 3.0f, 1, 3};
+  const auto qkv = numbers<T>(B * T_ * H * (G + 2) * D), dout = numbers<T>(B * T_ * H * G * D);
+  std::vector<T> out(dout.size()), dqkv(qkv.size());
+  std::vector<float> lse(B * H * G * T_), delta(lse.size());
+  const AttentionForward<T> forward{shape, packed(qkv.data(), T_, H, G + 2, D), packed(out.data(), T_, H, G, D), lse.data()};
+  const AttentionBackward<T> backward{shape, packed(dout.data(), T_, H, G, D), forward.qkv,
+                                      packed<const T>(out.data(), T_, H, G, D), lse.data(), delta.data(),
+                                      packed(dqkv.data(), T_, H, G + 2, D)};
+  const auto each_span = [&](int64_t length, const auto& use) {
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t h = 0; h < H; ++h) {
+        for (int64_t t = 0; t < T_; t += length) use(b, h, Span{t, t + length < T_ ? t + length : T_});
+      }
+    }
+  };
+  each_span(128, [&](int64_t b, int64_t h, Span span) {
+    const Scratch scratch(kernels.forward_scratch(shape, span.end - span.begin));
+    kernels.forward(forward, {b, h, span}, scratch.block.get());
+  });
+  each_span(T_, [&](int64_t b, int64_t h, Span span) { kernels.delta(backward, b, h, span); });
+  each_span(T_, [&](int64_t b, int64_t h, Span span) {
+    const Scratch scratch(kernels.backward_scratch(shape, T_));
+    kernels.backward(backward, {b, h, span, span, true, true}, scratch.block.get());
+  });
+  each_span(64, [&](int64_t b, int64_t h, Span span) {  // the same in parts
+    const Scratch dq(kernels.backward_scratch(shape, span.end - span.begin)), dkv(kernels.backward_scratch(shape, 0));
+    kernels.backward(backward, {b, h, span, {0, T_}, true, false}, dq.block.get());
+    kernels.backward(backward, {b, h, {c.causal ? span.begin : 0, T_}, span, false, true}, dkv.block.get());
+  });
+  check(out, "out");
+  check(lse, "lse");
+  check(dqkv, "dqkv");
+}
+
+template <class T>
+void decode(int64_t queries, int64_t group, int64_t D, int64_t page, Isa isa) {
+  const int64_t B = 2, H = 2, width = 600 / page + 1;
+  const auto& kernels = attention_kernels<T>(isa);
+  const std::vector<int64_t> lengths{0, 600 - queries};
+  std::vector<int32_t> table(B * width);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = int32_t(i);
+  const auto q = numbers<T>(B * queries * H * group * D);
+  const auto keys = numbers<T>(B * width * page * H * D), values = numbers<T>(keys.size());
+  std::vector<T> out(q.size());
+  const AttentionShape shape{B, queries, H, group, D, true, nullptr, {}, lengths.data()};
+  const auto pages = [&](const std::vector<T>& cache) {
+    return Pages<T>{cache.data(), page * H * D, H * D, D, page, table.data(), width};
+  };
+  const DecodeAttention<T> args{shape, packed(q.data(), queries, H, group, D), pages(keys), pages(values),
+                                packed(out.data(), queries, H, group, D)};
+  const Scratch scratch(kernels.forward_scratch(shape, queries));
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t h = 0; h < H; ++h) {
+      kernels.decode(args, {b, h, {0, queries}}, scratch.block.get());
+      const int64_t total = lengths[b] + queries, floats = queries * group * part_floats(D);
+      const int64_t count = (total + kSegmentKeys - 1) / kSegmentKeys;
+      std::vector<float> parts(count * floats);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = i * kSegmentKeys, end = begin + kSegmentKeys < total ? begin + kSegmentKeys : total;
+        kernels.decode_part(args, b, h, {begin, end}, parts.data() + i * floats);
+      }
+      kernels.decode_sum(args, b, h, parts.data(), count, floats);
+    }
+  }
+  check(out, "out of decode_attention");
+}
+
+template <class T>
+void bias_gelu(int64_t rows, int64_t channels, Isa isa) {
+  const auto x = numbers<T>(rows * channels), dy = numbers<T>(rows * channels);
+  const auto bias = numbers<float>(channels);
+  std::vector<T> y(x.size()), dx(x.size());
+  std::vector<float> partial(channels);
+  bias_gelu_forward(Forward<T>{x.data(), bias.data(), y.data(), rows, channels}, isa);
+  bias_gelu_backward(Backward<T>{dy.data(), x.data(), bias.data(), dx.data(), partial.data(), rows, channels}, isa);
+  check(y, "y");
+  check(dx, "dx");
+  check(partial, "partial");
+}
+
+template <class T>
+void all(Isa isa) {
+  for (const Case& c : {Case{1, 1, 16, true, false, false}, {7, 2, 48, true, true, true}, {64, 1, 64, true, false, true},
+                        {131, 2, 80, true, true, false}, {200, 1, 128, true, false, false}, {70, 3, 256, false, false, true},
+                        {131, 1, 64, false, false, false}}) {
+    attention<T>(c, isa);
+  }
+  for (const int64_t queries : {1, 3, 70}) {
+    for (const int64_t D : {16, 64, 80}) decode<T>(queries, 2, D, 7, isa);
+  }
+  for (const int64_t channels : {1, 15, 16, 33, 1050}) bias_gelu<T>(3, channels, isa);
+}
+
+}  // namespace
+
+int main() {
+  for (int level = 0; level <= int(best_isa()); ++level) {
+    all<float>(Isa(level));
+    all<Bf16>(Isa(level));
+    std::printf("level %d\n", level);
+  }
+}
