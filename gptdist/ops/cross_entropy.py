@@ -168,7 +168,7 @@ def _linear_chunks(hidden, width):
 
 
 def _logits(h, w, buffer):
-    """The buffer, made for the first chunk, which has the most rows; h @ w.T in it, its rows apart by a multiple."""
+    """The buffer, made for the first chunk, which has the most rows, and h @ w.T (n, V) in it."""
     V = w.shape[0]
     if buffer is None:
         buffer = h.new_empty(h.shape[0], -(-V // BUFFER_COLUMNS) * BUFFER_COLUMNS)
