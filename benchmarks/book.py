@@ -16,6 +16,7 @@ within 15%; accuracies within 2 points, of the median of three seeds.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -419,7 +420,7 @@ def reached(target: float, curve: dict[int, float]) -> float:
     updates. nan where it is not passed within the curve.
     """
     points = sorted(curve.items())
-    for (first, above), (last, below) in zip(points, points[1:], strict=False):
+    for (first, above), (last, below) in itertools.pairwise(points):
         if above >= target >= below:
             return first + (last - first) * math.log(above / target) / math.log(above / below)
     return math.nan

@@ -287,11 +287,11 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, size, args.shapes[0], args.steps, args.warmup)))
         return
+    allocator = "tcmalloc" if TCMALLOC else "glibc told to keep freed memory, for want of tcmalloc"
     lines = ["# Training on a CPU", "",
-             f"{describe('benchmarks.train_cpu')}. {size.layers} layers, width {size.width}, {size.heads} heads, vocabulary "
-             f"{size.vocab}; medians of {args.rounds} x {args.steps} steps; torch {torch.__version__}; hf tuned "
-             f"{'with tcmalloc' if TCMALLOC else 'without tcmalloc, which is not installed: glibc keeps freed memory'}.",
-             ""]
+             f"{describe('benchmarks.train_cpu')}. {size.layers} layers, width {size.width}, {size.heads} heads, "
+             f"vocabulary {size.vocab}; medians of {args.rounds} x {args.steps} steps; torch {torch.__version__}; "
+             f"hf tuned with {allocator}.", ""]
     for shape in args.shapes:
         lines += table(collect(args, shape), size, shape)
     text = "\n".join(lines)
