@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _alike(self, group: dict[str, Any]) -> dict[tuple[int, bool], list[nn.Parameter]]:
-        """The group's parameters with a gradient, by the number of the step they take and whether they have a shadow."""
+        """The group's parameters with a gradient, by the number of the step they take and if they have a shadow."""
         alike: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for p in group["params"]:
             if p.grad is not None:
