@@ -24,12 +24,22 @@ LARGE_BYTES = 16 << 30  # free memory that the check of large tensors wants
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout."""
+    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout, (B, Tq, Hkv, G, D,
+    longest context) of decode_attention, elements of each tensor in the optimizer's list.
+    """
 
     rows: tuple[int, ...] = (1, 33, 1000)
     widths: tuple[int, ...] = (64, 520, 768, 1000, 1032, 4096, 8192, 8200, 16384)
     vocabularies: tuple[int, ...] = (1, 17, 1000, 50257)
     blocks: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 33, 63), (3, 100, 768), (2, 65, 4104))
+    decode: tuple[tuple[int, int, int, int, int, int], ...] = (
+        (1, 1, 12, 1, 64, 1000),
+        (3, 1, 2, 16, 128, 5000),
+        (64, 1, 12, 1, 64, 700),
+        (3, 7, 2, 4, 128, 300),
+        (2, 130, 12, 2, 64, 0),
+    )
+    optimized: tuple[int, ...] = (1, 768, 8192, 8193, 1000003, *(range(1, 500)))
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,58 @@ def check_dropout(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> I
         yield Check("dropout", short(dtype), f"[{B}, {T}, {C}]", different, 0, "elements that differ")
 
 
+def decode_inputs(device, dtype, B: int, Tq: int, H: int, G: int, D: int, context: int) -> tuple[torch.Tensor, ...]:
+    """decode_attention's arguments: rows of up to `context` positions before the queries, pages of 16 in any order."""
+    pages = -(-(context + Tq) // 16)
+    q, cache = torch.randn(B, Tq, H, G, D, device=device), torch.randn(2, B * pages, 16, H, D, device=device)
+    table = torch.randperm(B * pages, device=device).view(B, pages).int()
+    lengths = torch.arange(B, 0, -1, device=device) * context // B
+    return q.to(dtype), *cache.to(dtype), table, lengths
+
+
+def check_decode(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Iterator[Check]:
+    if dtype not in backends.COMPILED["cuda"]["decode_attention"].dtypes:
+        return
+    for shape in shapes.decode:
+        q, k, v, *where = decode_inputs(device, dtype, *shape)
+        got, again = (ops.decode_attention(q, k, v, *where) for _ in range(2))
+        with reference():
+            expected = ops.decode_attention(q.double(), k.double(), v.double(), *where)
+        yield Check("decode_attention", short(dtype), f"{list(shape)}", largest_error([got], [expected]), LIMITS[dtype])
+        different = int(not torch.equal(got, again))
+        yield Check("decode_attention repeated", short(dtype), f"{list(shape)}", different, 0, "the bits differ")
+
+
+def optimizer_lists(device, dtype, sizes: tuple[int, ...]) -> list[list[torch.Tensor]]:
+    """params, grads (in `dtype`), exp_avg and exp_avg_sq of adamw_."""
+    lists = [[torch.randn(n, device=device) for n in sizes] for _ in range(4)]
+    lists[1] = [grad.to(dtype) for grad in lists[1]]
+    lists[3] = [moment.square() for moment in lists[3]]
+    return lists
+
+
+def check_optimizer(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Iterator[Check]:
+    """A step with clipping and shadows, and the norm, of one list; the gradients are in `dtype`."""
+    step = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3)
+    lists, scale = optimizer_lists(device, dtype, shapes.optimized), torch.tensor(0.5, device=device)
+    results = []
+    for kind in (None, None, torch.float64):
+        params, grads, *moments = ([x.clone() if kind is None else x.to(kind) for x in each] for each in lists)
+        shadows = [torch.empty_like(x, dtype=torch.bfloat16) for x in params]
+        with reference() if kind else nullcontext():
+            ops.adamw_(params, grads, *moments, shadows=shadows, grad_scale=scale, **step)
+            norm = ops.grad_norm(grads)
+        results.append([*params, *moments[0], *moments[1], norm.reshape(1)])
+        rounded = sum(not torch.equal(shadow, x.to(torch.bfloat16)) for shadow, x in zip(shadows, params, strict=True))
+        if kind is None:
+            yield Check("adamw_ shadows", short(dtype), f"{len(shadows)} tensors", rounded, 0, "tensors not rounded")
+    got, again, expected = results
+    shape = f"{len(shapes.optimized)} tensors"
+    yield Check("adamw_, grad_norm", short(dtype), shape, largest_error(got, expected), LIMITS[torch.float32])
+    different = sum(not torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    yield Check("adamw_, grad_norm repeated", short(dtype), shape, different, 0, "tensors whose bits differ")
+
+
 def check_opcheck(device: torch.device) -> Iterator[Check]:
     """torch.library.opcheck of every registered op that has kernels."""
     x, weight, row = (torch.randn(*shape, device=device) for shape in ((4, 64), (64,), (4,)))
@@ -185,6 +247,9 @@ def check_opcheck(device: torch.device) -> Iterator[Check]:
         "linear_cross_entropy_fwd": (x, head, targets, None, 8, -100, False, False),
         "linear_cross_entropy_bwd": (row, x, head, targets, None, row, None, None, None, 8, -100, True, True),
         "dropout": (x.view(2, 2, 64), 0.2, key, ids, 1, 0),
+        "decode_attention": decode_inputs(device, torch.bfloat16, 2, 3, 1, 2, 64, 70),
+        "adamw_": (*optimizer_lists(device, torch.float32, (5, 70)), [], None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1),
+        "grad_norm": ([x, row],),
     }
     for name, values in arguments.items():
         try:

@@ -151,7 +151,8 @@ class Call {
   const void* read_vectors(const Tensor& t, const char* name) const {
     check_place(t, name);
     const int64_t last = t.dim() - 1, step = kAlignment / int64_t(t.element_size());
-    STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op_, ": ", name, " has rows that are not contiguous: copy it");
+    STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, op_, ": ", name,
+                    " has rows that are not contiguous: copy it");
     int64_t elements = t.numel() > 0 ? t.size(last) : 0;
     for (int64_t i = 0; i < last && elements > 0; ++i) {
       STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) % step == 0, op_, ": ", name, " has a stride of ", t.stride(i),
@@ -700,12 +701,13 @@ void set_decode_shape(const Call& call, const Tensor& q, const Tensor& k_cache, 
   STD_TORCH_CHECK(args.dtype != Dtype::kFp32, "decode_attention: q is float32, expected bfloat16 or float16");
   STD_TORCH_CHECK(D == 64 || D == 128, "decode_attention: q has D=", D, ", expected 64 or 128");
   STD_TORCH_CHECK(G >= 1, "decode_attention: q has G=0, expected at least 1");
-  STD_TORCH_CHECK(k_cache.size(2) == H && k_cache.size(3) == D, "decode_attention: k_cache has shape ", shape_name(k_cache),
-                  ", expected (pages, page, ", H, ", ", D, ")");
+  STD_TORCH_CHECK(k_cache.size(2) == H && k_cache.size(3) == D, "decode_attention: k_cache has shape ",
+                  shape_name(k_cache), ", expected (pages, page, ", H, ", ", D, ")");
   STD_TORCH_CHECK(page >= 1 && (page & (page - 1)) == 0, "decode_attention: k_cache has pages of ", page,
                   " positions, expected a power of two");
   STD_TORCH_CHECK(B <= INT_MAX && H * D <= INT_MAX && Tq <= INT_MAX / G && B * H <= INT_MAX,
-                  "decode_attention: q has shape ", shape_name(q), ", expected B Hkv, Hkv D and Tq G of at most ", INT_MAX);
+                  "decode_attention: q has shape ", shape_name(q), ", expected B Hkv, Hkv D and Tq G of at most ",
+                  INT_MAX);
   STD_TORCH_CHECK(pages >= 1 && pages <= INT_MAX / page, "decode_attention: k_cache has ", pages, " pages of ", page,
                   ", expected 1 to ", INT_MAX, " positions");
   args.batch = int32_t(B);
@@ -736,7 +738,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   call.elements(lengths, "lengths", B, "B");
   const int64_t most = cuda::kMaxDecodePositions, table_pages = block_table.size(1);
   STD_TORCH_CHECK(table_pages >= 1 && table_pages <= most / args.page && T <= most, "decode_attention: ", T,
-                  " queries, tables of ", table_pages, " pages of ", args.page, ", expected 1 to ", most, " positions");
+                  " queries, tables of ", table_pages, " pages of ", args.page, ", expected 1 to ", most,
+                  " positions");
   args.table_pages = int32_t(table_pages);
   args.block_table = call.read_int32(block_table, "block_table");
   args.lengths = call.read_int64(lengths, "lengths");

@@ -1,28 +1,28 @@
-// Attention of new queries over keys and values in pages, for generation. Query t of row b stands at position
-// n = lengths[b] + t. For query head g of kv head h, and the cached positions s <= n:
+// Attention of new queries over keys and values in pages, for generation. Query t of row b stands at position n =
+// lengths[b] + t. For query head g of kv head h, and the cached positions s <= n:
 //
 //   S = softmax_scale q k^T,  P = exp(S - logsumexp_s S),  out = P v
 //
-// Position s lies in page block_table[b, s / page], slot s % page. Sources: Kwon et al., "PagedAttention" (2023); Dao et
-// al., "Flash-Decoding" (2023); Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+// Position s lies in page block_table[b, s / page], slot s % page. Sources: Kwon et al., "PagedAttention" (2023); Dao
+// et al., "Flash-Decoding" (2023); Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 //
-// Memory: with up to 16 query rows (query heads of the group times queries) reads q, and each key and value in use once;
-// with more, once for every 64 of them. Writes out once. Where the keys are split, writes and reads 4 (D + 2) bytes for
-// every query row and split besides.
+// Memory: with up to 16 query rows (query heads of the group times queries) reads q, and each key and value in use
+// once; with more, once for every 64 of them. Writes out once. Where the keys are split, writes and reads 4 (D + 2)
+// bytes for every query row and split besides.
 //
-// Launch: a block of 4 warps for the query rows of one kv head, packed into the rows of the tensor cores' operands so that
-// a key read once serves the whole group. A single row fills a sixteenth of them: these products cost nothing beside the
-// bytes they wait for.
+// Launch: a block of 4 warps for the query rows of one kv head, packed into the rows of the tensor cores' operands so
+// that a key read once serves the whole group. A single row fills a sixteenth of them: these products cost nothing
+// beside the bytes they wait for.
 //   up to 16 rows: the warps divide each tile of 64 keys among them, and add up what they found at the end;
 //   more: tiles of 64 rows, 16 a warp, and every warp sees all keys. Tiles with the most keys go first.
-// K and V pass by in tiles of 64 positions, the last of which are still on their way while one is worked on (3 stages at
-// D = 64, 2 at D = 128: 32 KiB in flight for a block, of the 18 KB that a multiprocessor needs). The pages of a tile
-// are looked up while the tile before it is being copied. Shared memory: Q and the stages, 50 to 80 KiB.
+// K and V pass by in tiles of 64 positions, the last of which are still on their way while one is worked on (3 stages
+// at D = 64, 2 at D = 128: a block has 32 KiB in flight, more than the 18 KB that a multiprocessor must have). The pages
+// of a tile are looked up while the tile before it is being copied. Shared memory: Q and the stages, 50 to 80 KiB.
 //
-// The second grid dimension divides a row's keys: a block takes its share of the tiles that lengths[b] needs, read on the
-// device, and is done at once where there are more splits than tiles. A second kernel merges the parts in ascending order.
-// The number of splits follows from shapes alone, so launches are the same for any lengths (CUDA graphs), and there are no
-// atomics: the same bits in every run.
+// The second grid dimension divides a row's keys: a block takes its share of the tiles that lengths[b] needs, read on
+// the device, and is done at once where there are more splits than tiles. A second kernel merges the parts in
+// ascending order. The number of splits follows from shapes alone, so launches are the same for any lengths (CUDA
+// graphs), and there are no atomics: the same bits in every run.
 //
 // Nothing beyond a row's last key is read, nor beyond the table, whatever lengths and block_table hold: a query that
 // stands beyond the table sees no key, and 0 / 0 makes it NaN.
@@ -91,7 +91,7 @@ struct PagedTiles {
     }
   }
 
-  // The tile that was looked up, to the stage at `to`: K, then V. Positions from `end` on are not read; they become zeros.
+  // The tile that was looked up, to the stage at `to`: K, then V. Those from `end` on are not read; they become zeros.
   __device__ __forceinline__ void load(uint32_t to, int32_t tile) const {
     const int32_t position = tile * kDecodeKeys + part.row, left = end - position, slots = (1 << page_shift) - 1;
 #pragma unroll
@@ -240,8 +240,8 @@ decode_attention_kernel(const __grid_constant__ DecodeAttention args) {
     stage = stage == kAhead * kStageBytes ? 0 : stage + kStageBytes;
   }
 
-  // What the warps found, in place of the stages: fp32 rows, 32 bytes apart so that four of them fill all banks, and then
-  // the rows' states.
+  // What the warps found, in place of the stages: fp32 rows, 32 bytes apart so that four of them fill all banks, and
+  // then the rows' states.
   constexpr int kPartBytes = kHeadDim * 4 + 32, kParts = kKeyWarps * kRows;
   static_assert(kParts * (kPartBytes + 8) <= (kAhead + 1) * kStageBytes, "the parts fit in the stages");
   const uint32_t states = stages + kParts * kPartBytes;
@@ -308,8 +308,9 @@ Error launch_decode(const DecodeAttention& args, Stream stream) {
 
 template <class T, int kHeadDim>
 Error launch_decode(const DecodeAttention& args, Stream stream) {
-  if (decode_variant(args) == kDecodeFewRows) return launch_decode<T, kHeadDim, decode_rows(kDecodeFewRows)>(args, stream);
-  return launch_decode<T, kHeadDim, decode_rows(kDecodeManyRows)>(args, stream);
+  return decode_variant(args) == kDecodeFewRows
+             ? launch_decode<T, kHeadDim, decode_rows(kDecodeFewRows)>(args, stream)
+             : launch_decode<T, kHeadDim, decode_rows(kDecodeManyRows)>(args, stream);
 }
 
 }  // namespace
@@ -328,8 +329,8 @@ Error decode_attention(const DecodeAttention& args, Stream stream) {
   }
   if (args.batch == 0 || args.queries == 0 || args.kv_heads == 0) return nullptr;
   if (plan_decode_attention(args).grid[0] == 0 || plan_decode_merge(args).grid[0] == 0) {
-    return error("decode_attention: %d x %d heads of %d x %d query rows, more than a grid holds", args.batch, args.kv_heads,
-                 args.queries, args.group);
+    return error("decode_attention: %d x %d heads of %d x %d query rows, more than a grid holds", args.batch,
+                 args.kv_heads, args.queries, args.group);
   }
   const bool wide = args.head_dim == 128;
   if (args.dtype == Dtype::kBf16) return (wide ? launch_decode<Bf16, 128> : launch_decode<Bf16, 64>)(args, stream);

@@ -301,8 +301,8 @@ inline LaunchPlan plan_decode_attention(const DecodeAttention& args) {
 // Four elements a thread.
 inline LaunchPlan plan_decode_merge(const DecodeAttention& args) {
   const int64_t rows = int64_t(args.batch) * args.kv_heads * args.queries * args.group;
-  return {"decode_merge_kernel", decode_variant(args), {grid_of(ceil_div(rows * args.head_dim / 4, kDecodeThreads)), 1, 1},
-          {kDecodeThreads, 1, 1}, 0};
+  const int64_t blocks = ceil_div(rows * args.head_dim / 4, kDecodeThreads);
+  return {"decode_merge_kernel", decode_variant(args), {grid_of(blocks), 1, 1}, {kDecodeThreads, 1, 1}, 0};
 }
 
 }  // namespace gptdist::cuda
