@@ -7,7 +7,7 @@ this on a GPU, the tests on their device. To add an op: a case, and its argument
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ LARGE_BYTES = 16 << 30  # free memory that the check of large tensors wants
 @dataclass(frozen=True)
 class Shapes:
     """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout, (B, Tq, Hkv, G, D,
-    longest context) of decode_attention, elements of each tensor in the optimizer's list.
+    longest context) of decode_attention, elements of each tensor of the optimizer.
     """
 
     rows: tuple[int, ...] = (1, 33, 1000)
@@ -292,4 +292,6 @@ def correctness(device: torch.device, shapes: Shapes) -> Iterator[Check]:
         for case in cases(device, dtype, shapes):
             yield from compare(case, dtype)
         yield from check_dropout(device, dtype, shapes)
+        yield from check_decode(device, dtype, shapes)
+        yield from check_optimizer(device, dtype, shapes)
     yield from check_large(device)

@@ -15,7 +15,8 @@ from benchmarks.kernels import Limits, measured_limits, rows
 from gptdist.ops import backends
 
 Result = tuple[str, dict[str, Any]]  # its kind ("check", "time", "limits", "training", "smoke"), its fields
-TINY_SHAPES = checks.Shapes(rows=(1, 9), widths=(64, 72), vocabularies=(1, 17), blocks=((1, 1, 1), (2, 5, 63)))
+TINY_SHAPES = checks.Shapes(rows=(1, 9), widths=(64, 72), vocabularies=(1, 17), blocks=((1, 1, 1), (2, 5, 63)),
+                            decode=((2, 1, 2, 1, 64, 70), (1, 20, 1, 2, 128, 0)), optimized=(1, 70, 8200))
 TINY_LENGTHS, TINY_LONG = (1, 131), 200
 SMOKE_SHAPES = checks.Shapes(rows=(5,), widths=(64, 8200), vocabularies=(1000,), blocks=((2, 5, 63),))
 

@@ -13,7 +13,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.checks import largest_error, reference, with_gradients
+from benchmarks.checks import decode_inputs, largest_error, optimizer_lists, reference, with_gradients
 from gptdist import ops
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -101,10 +101,11 @@ def errors(op: Op) -> dict[str, float]:
     """Largest error over largest value of this project's outputs and gradients, against the reference in float64."""
     way = op.ours
     if not op.has_backward:
+        exact = [tensor.double() for tensor in way.tensors]  # before an op that works in place
         with torch.no_grad():
             got = way.function(*way.tensors)
             with reference():
-                expected = way.function(*(tensor.double() for tensor in way.tensors))
+                expected = way.function(*exact)
         return {FORWARD: largest_error([got], [expected])}
     got = with_gradients(way.function, way.tensors)
     with reference():
@@ -243,6 +244,56 @@ def dropout(device, dtype, rows: int, width: int) -> Op:
     return Op(f"[1, {rows}, {width}]", ours, peers, (2 * x.nbytes, 2 * x.nbytes))
 
 
+def decode_attention(device, dtype, B: int, context: int, H: int, D: int) -> Op:
+    """One query for each head. PyTorch's keys and values lie in one piece."""
+    q, k, v, table, lengths = decode_inputs(device, dtype, B, 1, H, 1, D, context - 1)
+    lengths.fill_(context - 1)
+    ours = Way(lambda q, k, v: ops.decode_attention(q, k, v, table, lengths), (q, k, v))
+    whole = tuple(torch.randn(B, H, n, D, device=device).to(dtype) for n in (1, context, context))
+    peers = {"PyTorch": Way(F.scaled_dot_product_attention, whole), "reference": replace(ours, on_reference=True)}
+    least, products = whole[1].nbytes + whole[2].nbytes, 4 * B * H * D * context
+    return Op(f"B={B} T={context} H={H} D={D}", ours, peers, (least, 0), (products, 0), has_backward=False)
+
+
+def adamw(device, dtype, tensors: int, elements: int) -> Op:
+    """A step of `tensors` tensors of `elements`, gradients in `dtype`, shadows in it where it has 16 bits."""
+    lists = optimizer_lists(device, dtype, (elements,) * tensors)
+    params, grads, _, _ = lists
+    shadows = [x.to(dtype) for x in params] if dtype != FP32 else None
+    step = dict(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=2)
+
+    def function(*flat):
+        ops.adamw_(*(flat[i : i + tensors] for i in range(0, 4 * tensors, tensors)), shadows=shadows, **step)
+        return flat[0]
+
+    leaves = [x.clone().requires_grad_() for x in params]
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad.float()
+    optimizer = torch.optim.AdamW(leaves, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def peer():
+        optimizer.step()
+        if shadows is not None:
+            torch._foreach_copy_(shadows, leaves)
+
+    ours = Way(function, tuple(x for each in lists for x in each))
+    count = tensors * elements
+    least = count * (24 + grads[0].element_size() + (2 if shadows else 0))
+    ways = {"PyTorch": Way(peer, ()), "reference": replace(ours, on_reference=True)}
+    return Op(f"{tensors} x [{elements}]", ours, ways, (least, 0), has_backward=False)
+
+
+def grad_norm(device, dtype, tensors: int, elements: int) -> Op:
+    grads = optimizer_lists(device, dtype, (elements,) * tensors)[1]
+    ours = Way(lambda *grads: ops.grad_norm(grads), tuple(grads))
+    peers = {
+        "PyTorch": Way(lambda *grads: torch.nn.utils.get_total_norm(grads), tuple(grads)),
+        "reference": replace(ours, on_reference=True),
+    }
+    least = sum(grad.nbytes for grad in grads)
+    return Op(f"{tensors} x [{elements}]", ours, peers, (least, 0), has_backward=False)
+
+
 @dataclass(frozen=True)
 class Family:
     """An op's maker, the shapes at which it is timed on each device, a small one to look at its error, its dtypes."""
@@ -284,4 +335,13 @@ FAMILIES = {
     "cross_entropy": Family(cross_entropy, ((8192, 50257), (8192, 50304)), ((1024, 50304),), (33, 1000)),
     "linear_cross_entropy": Family(linear_cross_entropy, ((8192, 50257),), ((512, 50304),), (33, 1000)),
     "dropout": Family(dropout, ((32768, 1024),), ((1024, 768),), (33, 768)),
+    "decode_attention": Family(
+        decode_attention,
+        ((16, 1024, 12, 64), (1, 32768, 12, 64), (64, 4096, 12, 64)),
+        ((1, 1024, 12, 64), (8, 1024, 12, 64)),
+        (2, 70, 2, 64),
+        cuda_dtypes=(BF16,),
+    ),
+    "adamw_": Family(adamw, ((148, 838860),), ((148, 838860),), (3, 1000)),
+    "grad_norm": Family(grad_norm, ((148, 838860),), ((148, 838860),), (3, 1000)),
 }
