@@ -24,8 +24,8 @@ LARGE_BYTES = 16 << 30  # free memory that the check of large tensors wants
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout, (B, Tq, Hkv, G, D,
-    longest context) of decode_attention, elements of each tensor of the optimizer.
+    """What the checks go over: rows with each width, rows with each vocabulary, (B, T, C) of dropout, (B, Tq, Hkv, G,
+    D, longest context) of decode_attention, elements of each tensor of the optimizer.
     """
 
     rows: tuple[int, ...] = (1, 33, 1000)
