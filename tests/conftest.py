@@ -1,6 +1,9 @@
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,62 @@ def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **en
 
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:
     """`torchrun --nproc-per-node WORLD ARGS` on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s,
+    return subprocess.run(torchrun_command(world, *args), capture_output=True, text=True, cwd=ROOT, timeout=timeout_s,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def torchrun_command(world: int, *args: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *args]
+
+
+class Workers:
+    """Processes of one torchrun that several test modules use: to start them takes as long as a module's runs."""
+
+    def __init__(self, world: int, folder: Path):
+        self._world, self._folder, self._starts, self._jobs = world, folder, 0, 0
+        self._process: subprocess.Popen | None = None
+
+    def run(self, module: str, *arguments: Path, timeout_s: int = 600) -> str:
+        """`module`.main(*arguments) in every process; what that printed. A failure ends the processes."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        begin = self._out.stat().st_size
+        self._submit([module, *map(str, arguments)])
+        done = [self._jobs_folder / f"{self._jobs - 1}.{rank}" for rank in range(self._world)]
+        deadline = time.monotonic() + timeout_s
+        while not all(path.exists() for path in done):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.terminate()
+                raise AssertionError(f"{module} failed or took {timeout_s} s: {self._err.read_text()[-6000:]}")
+            time.sleep(0.05)
+        return self._out.read_bytes()[begin:].decode()
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._submit([])
+            assert self._process.wait(timeout=60) == 0, self._err.read_text()[-6000:]
+
+    def _start(self) -> None:
+        self._starts, self._jobs = self._starts + 1, 0
+        self._jobs_folder = self._folder / f"start-{self._starts}"
+        self._jobs_folder.mkdir()
+        self._out, self._err = (self._jobs_folder / name for name in ("out.txt", "err.txt"))
+        # TORCHDYNAMO_DISABLE: DeepSpeed compiles its Muon at import, 2 s in every process.
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                torchrun_command(self._world, "tests/workers.py", str(self._jobs_folder), str(os.getpid())), cwd=ROOT,
+                stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
+
+    def _submit(self, job: list[str]) -> None:
+        path = self._jobs_folder / f"{self._jobs}.json"
+        path.with_suffix(".partial").write_text(json.dumps(job))
+        path.with_suffix(".partial").rename(path)
+        self._jobs += 1
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Iterator[Workers]:
+    pytest.importorskip("deepspeed", reason="pip install --no-build-isolation deepspeed")
+    workers = Workers(2, tmp_path_factory.mktemp("workers"))
+    yield workers
+    workers.stop()

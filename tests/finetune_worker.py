@@ -1,4 +1,4 @@
-"""Started by torchrun once per world size: every distributed case of fine-tuning in one process group.
+"""Every distributed case of classification at a world size: a job of conftest.Workers, or started by torchrun.
 
 Usage: torchrun --nproc-per-node W tests/finetune_worker.py DATA BASE OUT
 DATA: labelled texts, BASE: a pretrained run, OUT: where the runs go.

@@ -1,15 +1,8 @@
-"""Started by torchrun at world size 2: adapters and preference optimisation in one process group, strategy by strategy.
+"""A job of two processes (conftest.Workers): adapters and preference optimisation, strategy by strategy."""
 
-Usage: torchrun --nproc-per-node 2 tests/lora_worker.py DATA BASE PAIRS OUT
-"""
-
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.training import run_tiny, run_worker  # noqa: E402
+from tests.training import run_tiny
 
 STEPS = 5
 # 11 sequences (5 pairs) a step: no even shares, several micro-batches, clipping.
@@ -54,7 +47,3 @@ def main(data: Path, base: Path, pairs: Path, out: Path) -> None:
     for strategy in ("fsdp", "zero3", "zero2"):
         run_tiny(data, out / f"merged-{strategy}", f"--checkpoint.init_from={out / 'fsdp'}", "--train.steps=1",
                  "--schedule.warmup_steps=0", "--eval.every=0", f"--parallel.strategy={strategy}")
-
-
-if __name__ == "__main__":
-    run_worker(main, *map(Path, sys.argv[1:]))

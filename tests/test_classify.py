@@ -30,7 +30,7 @@ from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 def texts(tmp_path_factory):
     """90 short docstrings of three kinds, in a JSONL file."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    kept = {label: [row for row in embedded_labelled() if row.label == label and len(row.text) < 90][:30]
+    kept = {label: [row for row in embedded_labelled() if row.label == label and len(row.text) < 75][:30]
             for label in ("graphics", "mail", "numbers")}
     path.write_text("".join(json.dumps({"text": row.text, "label": row.label}) + "\n"
                             for rows in kept.values() for row in rows))
@@ -63,18 +63,10 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def world2(references, texts, base):
-    pytest.importorskip("deepspeed", reason="pip install --no-build-isolation deepspeed")
-    return run_worker(2, references, texts, base)
-
-
-def run_worker(world, out, texts, base):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed decorates its Muon with torch.compile at import
-        run_classify(texts, out / "chain", "--train.stop_at=2")
-        done = torchrun(world, "tests/finetune_worker.py", str(texts), str(base), str(out))
-    assert done.returncode == 0, done.stderr[-6000:]
-    return out
+def world2(two_processes, references, texts, base):
+    run_classify(texts, references / "chain", "--train.stop_at=2")
+    two_processes.run("tests.finetune_worker", texts, base, references)
+    return references
 
 
 def assert_as_single(out, name, world):
@@ -98,7 +90,11 @@ def test_a_run_goes_on_under_another_strategy(world2):
 
 @pytest.mark.long
 def test_four_processes_give_the_single_curve(world2, texts, base):
-    run_worker(4, world2, texts, base)
+    run_classify(texts, world2 / "chain", "--train.stop_at=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed compiles its Muon at import, 2 s in every process
+        done = torchrun(4, "tests/finetune_worker.py", str(texts), str(base), str(world2))
+    assert done.returncode == 0, done.stderr[-6000:]
     for name in CASES[4]:
         assert_as_single(world2, name, 4)
 
@@ -108,7 +104,7 @@ def test_four_processes_give_the_single_curve(world2, texts, base):
 
 def test_the_loss_falls_and_the_test_texts_are_scored(references):
     rows = train_rows(references / "plain")
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert sum(row["loss"] for row in rows[3:]) / 3 < rows[0]["loss"]
     assert all(0 <= row["padding_share"] < 0.5 and row["tokens"] == 11 for row in rows)
     result = json.loads((references / "plain" / "results.json").read_text())
     assert result["labels"] == ["graphics", "mail", "numbers"]

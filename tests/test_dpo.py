@@ -13,13 +13,15 @@ from torch.nn import functional as F
 from gptdist.checkpoint import resolve
 from gptdist.checkpoint.restore import load_model
 from gptdist.checkpoint.template import stored_template
+from gptdist.data.instructions import USER, Conversation, Turn
 from gptdist.data.preference import (
+    Preference,
     encode_preferences,
     python_preferences,
     read_preferences,
     split_preferences,
 )
-from gptdist.data.questions import name_hash
+from gptdist.data.questions import documented_names, name_hash
 from gptdist.data.templates import TEMPLATES, encode, load_template
 from gptdist.data.tokenizer import build_tokenizer
 from gptdist.errors import UserError
@@ -122,14 +124,27 @@ def test_answers_beyond_the_context_are_left_out(tmp_path):
         encode_preferences(pairs[1:], TEMPLATE, tokenizer, context=16, where="here")
 
 
+def test_the_shorter_answer_as_a_preference():
+    question = Conversation((Turn(USER, "Q"),))
+    pairs = [Preference(question, *answers) for answers in (("a", "bcd"), ("bcd", "a"), ("b", "c"))]
+    encoded = encode_preferences(pairs, TEMPLATE, build_tokenizer("bytes"), context=16, where="here")
+    assert [encoded.shorter_chosen([i]) for i in range(3)] == [1.0, 0.0, 0.5]
+    assert encoded.shorter_chosen([0, 2]) == 0.75
+
+
 def test_the_embedded_pairs():
-    """In a fixed order, and of any template's making."""
+    """In a fixed order, of any template's making; nothing of a held-out pair is trained on but a shared answer."""
     train, held_out = python_preferences()
     assert len(train) > 3000
     assert 100 < len(held_out) < 500
-    assert all(pair.chosen != pair.rejected for pair in train + held_out)
-    questions = [{pair.question for pair in part} for part in (train, held_out)]
-    assert questions[0].isdisjoint(questions[1])
+    firsts = {answer for _, answer in documented_names()}
+    for pair in train + held_out:
+        assert len(pair.chosen.split()) == len(pair.rejected.split())
+        assert pair.chosen in firsts
+        assert pair.rejected not in firsts
+    for part in ("question", "rejected"):
+        seen = [{getattr(pair, part) for pair in pairs} for pairs in (train, held_out)]
+        assert seen[0].isdisjoint(seen[1])
     asked = [pair.question.turns[0].text for pair in train]
     assert asked == sorted(asked, key=lambda text: name_hash(text.removeprefix("What does ").removesuffix(" do?")))
     assert len(encode_preferences(train[:50], TEMPLATES["alpaca"], build_tokenizer("bytes"), context=512,

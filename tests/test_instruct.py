@@ -20,7 +20,7 @@ from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import init_world
 from gptdist.tasks.instruct import Instruct, split
 from gptdist.trainer import Trainer
-from tests.conftest import run_gptdist, torchrun
+from tests.conftest import run_gptdist
 from tests.training import assert_same_curve, run_tiny, train_rows
 
 STEPS = 6
@@ -83,14 +83,9 @@ def single(base, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(base, data, tmp_path_factory):
-    pytest.importorskip("deepspeed", reason="pip install --no-build-isolation deepspeed")
+def two(two_processes, base, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed decorates its Muon with torch.compile at import
-        done = torchrun(2, "tests/instruct_worker.py", str(data), str(base), str(out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return out, done.stdout
+    return out, two_processes.run("tests.instruct_worker", data, base, out)
 
 
 def samples(run_dir):

@@ -26,7 +26,6 @@ from gptdist.model import Classifier, Dropout, LanguageModel, build, build_meta,
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.world import World
 from gptdist.tasks.pretrain import Pretrain
-from tests.conftest import torchrun
 from tests.convert_models import hf_logits, logits, random_checkpoint, small_tokenizer, some_tokens
 from tests.lora_data import base_run, pairs_file
 from tests.lora_worker import ADAPTERS, CASES, REFERENCES, overrides_of
@@ -300,7 +299,7 @@ def test_there_are_no_adapters_to_export(exported, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(dataset, tmp_path_factory):
+def runs(two_processes, dataset, tmp_path_factory):
     """The single-process references, then all cases of the worker; chains begin and end in a single process."""
     out = tmp_path_factory.mktemp("runs")
     base, pairs = base_run(dataset, out / "base"), pairs_file(out / "pairs.jsonl")
@@ -309,10 +308,7 @@ def runs(dataset, tmp_path_factory):
     chains = {"lora": ADAPTERS, "dpo": []}
     for name, further in chains.items():
         run_tiny(dataset, out / f"chain-{name}", *overrides_of(name, base, pairs), *further, "--train.stop_at=2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed compiles its Muon at import: 2 s in every process
-        done = torchrun(2, "tests/lora_worker.py", *map(str, (dataset, base, pairs, out)))
-    assert done.returncode == 0, done.stderr[-6000:]
+    two_processes.run("tests.lora_worker", dataset, base, pairs, out)
     for name, further in chains.items():
         run_tiny(dataset, out / f"chain-{name}", *overrides_of(name, base, pairs), *further)
     return out
