@@ -131,7 +131,8 @@ class Device:
         """Inside, CUDA ops run here, gptdist.ops included.
 
         module: a _ptxvm.Module whose kernels replace the shipped ones of the same names (a mutant). options: of
-        _ptxvm.Module.launch (seed, races, poison, ...). What the machine raises is raised as itself.
+        _ptxvm.Module.launch (seed, races, poison, ...); blocks may be a function of the kernel's name and its number of
+        blocks. What the machine raises is raised as itself.
         """
         log = Log()
         self._run = (log, module, options)
@@ -161,6 +162,8 @@ class Device:
 
     def _execute(self, name, grid, block, shared_bytes, argument, replacement, options) -> Launch:
         module = self._module(name, replacement)
+        if callable(options.get("blocks")):
+            options = options | {"blocks": options["blocks"](name, grid[0])}
         params = ctypes.string_at(argument, module.kernel(name).param_bytes)
         counters = module.launch(
             name,

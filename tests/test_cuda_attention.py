@@ -5,6 +5,7 @@ results to 16 bits leaves about half a unit in the last place; the bound is thre
 same time that no access leaves a tensor, that nothing uninitialised is read, and that no two threads race.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gptdist import ops
+from gptdist import doctor, ops
 from gptdist.ops import backends
+from gptdist.ops.attention import head_misfit
 from gptdist.ops.random import keep_mask
 from tests import cuda_vm
 
@@ -57,7 +59,7 @@ def exact(qkv, dout, causal, doc_start, Z):
         hidden = hidden | (position < doc_start[:, :, None])[:, None, None]
     S = (q @ k.mT / math.sqrt(D)).masked_fill(hidden, -math.inf)
     L = S.logsumexp(-1)
-    P = (S - L[..., None]).exp()
+    P = S.softmax(-1)
     out = (P * Z) @ v
     do = dout.double().permute(0, 2, 3, 1, 4)
     dv = ((P * Z).mT @ do).sum(2, keepdim=True)
@@ -75,8 +77,8 @@ def factors(p: float, ids: torch.Tensor, H: int, G: int, T: int):
 
 
 def relative(got, expected, scale=None) -> float:
-    """NaN where anything is not a number."""
-    return ((got.double() - expected).norm() / (expected if scale is None else scale).norm()).item()
+    """NaN where anything is not a number; 0 where nothing is expected (all dropped) and nothing there."""
+    return ((got.double() - expected).norm() / (expected if scale is None else scale).norm().clamp(min=1e-30)).item()
 
 
 def run(device, qkv, dout, *, causal=True, doc_start=None, p=0.0, ids=None, seed=0, **options):
@@ -125,7 +127,8 @@ def check_problem(device, given: Problem, **options):
 
 def no_wasted_wavefronts(launches):
     for launch in launches:
-        assert launch.counters["shared_wavefronts"] == launch.counters["shared_wavefronts_ideal"], launch.name
+        counters = launch.counters
+        assert counters["shared_wavefronts"] == counters["shared_wavefronts_ideal"], f"wavefronts of {launch.name}"
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -158,6 +161,34 @@ def test_documents(device, D, p):
 def test_dropout(device, D, causal):
     for T in (1, 7, 128, 131, 200):
         no_wasted_wavefronts(check(device, 2, T, 1, 2, D, FP16 if T % 2 else BF16, causal=causal, p=0.3))
+
+
+SWEEP = {
+    "T": LENGTHS, "D": (64, 128), "G": (1, 2, 4), "dtype": (BF16, FP16), "seen": ("causal", "documents", "all"),
+    "p": (0.0, 0.2),
+}
+
+
+def pairwise() -> list[tuple]:
+    """Combinations of SWEEP, such that every two values of two options meet in one."""
+    def pairs(combination):
+        return set(itertools.combinations(enumerate(combination), 2))
+
+    everything = list(itertools.product(*SWEEP.values()))
+    missing, chosen = set().union(*map(pairs, everything)), []
+    while missing:
+        chosen.append(max(everything, key=lambda combination: len(pairs(combination) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("combinations", [pytest.param(pairwise, id="pairs"), pytest.param(
+    lambda: itertools.product(*SWEEP.values()), id="product", marks=pytest.mark.long)])
+def test_sweep(device, combinations):
+    for T, D, G, dtype, seen, p in combinations():
+        documents = random_documents(1, T, 0.02) if seen == "documents" else None
+        launches = check(device, 1, T, 1, G, D, dtype, causal=seen != "all", doc_start=documents, p=p)
+        no_wasted_wavefronts(launches)
 
 
 def test_every_kept_element_is_the_reference_s(device):
@@ -220,6 +251,48 @@ def test_large_scores(device):
     assert relative(out, expected_out) < 3 * ULP[BF16]
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-6)
     assert dqkv.isfinite().all()
+
+
+def one_query_at_a_time(qkv, dout):
+    """out and dqkv in float64, causal; what a query does not see takes part in nothing."""
+    T, D = qkv.shape[1], qkv.shape[-1]
+    q, k, v = (x.double() for x in (qkv[:, :, :, :-2], qkv[:, :, :, -2:-1], qkv[:, :, :, -1:]))
+    do, out, dqkv = dout.double(), torch.zeros(dout.shape).double(), torch.zeros(qkv.shape).double()
+    for t in range(T):
+        keys, values = k[:, :t + 1], v[:, :t + 1]
+        P = ((q[:, t, None] * keys).sum(-1, keepdim=True) / math.sqrt(D)).softmax(1)  # (B, t + 1, H, G, 1)
+        out[:, t] = (P * values).sum(1)
+        delta = (do[:, t] * out[:, t]).sum(-1, keepdim=True)
+        dS = P * ((do[:, t, None] * values).sum(-1, keepdim=True) - delta[:, None]) / math.sqrt(D)
+        dqkv[:, t, :, :-2] = (dS * keys).sum(1)
+        dqkv[:, :t + 1, :, -2] += (dS * q[:, t, None]).sum(3)
+        dqkv[:, :t + 1, :, -1] += (P * do[:, t, None]).sum(3)
+    return out, dqkv
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_what_is_not_finite_reaches_those_who_see_it(device, where, value):
+    """In rows that see it always; in others at most where the whole matrix products spread it too (0 times NaN).
+
+    Never beyond the kv head.
+    """
+    T, position, G = 200, 150, 2
+    qkv, dout = torch.randn(2, T, 2, G + 2, 64).to(BF16), torch.randn(2, T, 2, G, 64).to(BF16)
+    if where == "dout":
+        dout[1, position, 1, 1, 5] = value
+    else:
+        qkv[1, position, 1, {"q": 1, "k": G, "v": G + 1}[where], 5] = value
+    out, _, dqkv, _ = run(device, qkv, dout)
+    least = one_query_at_a_time(qkv, dout)
+    whole_out, _, whole_dqkv = exact(qkv, dout, True, None, 1.0)
+    for got, must, may in ((out, least[0], whole_out), (dqkv, least[1], whole_dqkv)):
+        got, must, may = (~x.isfinite() for x in (got, must, may))
+        assert not (must & ~got).any()
+        assert not (got & ~may).any()
+        assert not got[0].any()
+        assert not got[:, :, 0].any()
+    assert (~dqkv.isfinite()).any()
 
 
 def test_the_bits_do_not_depend_on_the_schedule(device):
@@ -293,6 +366,10 @@ def test_launches_are_those_of_the_plan(device, D):
 
 QKV = torch.randn(2, 5, 1, 3, 64).to(BF16)
 IDS = torch.arange(2)
+STARTS = torch.zeros(2, 5, dtype=torch.int32)
+HEADS_FIRST = torch.randn(2, 3, 5, 3, 64).to(BF16).transpose(1, 2)  # (B, T, Hkv, G+2, D), heads not beside each other
+MISALIGNED = torch.randn(QKV.numel() + 1).to(BF16)[1:].view(QKV.shape)
+ELSEWHERE = "another kind of device, expected cpu"
 
 
 def forward(qkv=QKV, causal=True, doc_start=None, p=0.0, key=KEY, ids=IDS, site=0, head_offset=0):
@@ -311,7 +388,14 @@ REFUSED = [
     (forward, {"qkv": QKV.float()}, "attention: qkv is float32, expected bfloat16 or float16"),
     (forward, {"qkv": QKV[..., :32].contiguous()}, "attention: qkv has D=32, expected 64 or 128"),
     (forward, {"qkv": QKV[:, :, :, :2].contiguous()}, "attention: qkv has G+2=2, expected at least 3"),
-    (forward, {"qkv": QKV[:, :, :, :, ::1].transpose(0, 1)}, "attention: qkv is not contiguous"),
+    (forward, {"qkv": QKV.transpose(0, 1)}, "attention: qkv is not contiguous"),
+    (forward, {"qkv": HEADS_FIRST}, "attention: qkv is not contiguous"),
+    (forward, {"qkv": MISALIGNED}, "attention: qkv does not start at a multiple of 16 bytes"),
+    (forward, {"qkv": QKV.to("meta")}, "attention: the first tensor is on another kind of device"),
+    (forward, {"doc_start": STARTS.to("meta")}, f"attention: doc_start is on {ELSEWHERE}"),
+    (forward, {"doc_start": STARTS.t().contiguous().t()}, "attention: doc_start is not contiguous"),
+    (forward, {"p": 0.1, "key": KEY.to("meta")}, f"attention: key is on {ELSEWHERE}"),
+    (forward, {"p": 0.1, "ids": IDS.int()}, "attention: sample_ids is int32, expected int64"),
     (forward, {"doc_start": torch.zeros(2, 4, dtype=torch.int32)}, "doc_start has 8 elements, expected B*T=10"),
     (forward, {"doc_start": torch.zeros(2, 5, dtype=torch.int64)}, "doc_start is int64, expected int32"),
     (forward, {"doc_start": torch.zeros(2, 5, dtype=torch.int32), "causal": False}, "but causal is false"),
@@ -320,6 +404,11 @@ REFUSED = [
     (forward, {"p": 0.1, "ids": IDS[:1]}, "attention: sample_ids has 1 elements, expected B=2"),
     (forward, {"p": 0.1, "site": 1 << 16}, "attention: site is 65536"),
     (forward, {"p": 0.1, "head_offset": 1 << 16}, "attention: head_offset is 65536"),
+    (backward, {"dout": OUT.transpose(0, 1).contiguous().transpose(0, 1)}, "attention: dout is not contiguous"),
+    (backward, {"dout": MISALIGNED.flatten()[:OUT.numel()].view(OUT.shape)}, "attention: dout does not start at"),
+    (backward, {"dout": OUT.to("meta")}, f"attention: dout is on {ELSEWHERE}"),
+    (backward, {"out": OUT.to("meta")}, f"attention: out is on {ELSEWHERE}"),
+    (backward, {"lse": LSE.to("meta")}, f"attention: lse is on {ELSEWHERE}"),
     (backward, {"dout": QKV}, "attention: dout has shape (2, 5, 1, 3, 64), expected (2, 5, 1, 1, 64) as out"),
     (backward, {"out": QKV}, "attention: out has 1920 elements, expected B*T*Hkv*G*D=640"),
     (backward, {"lse": torch.ones(3)}, "attention: lse has 3 elements, expected B*Hkv*G*T=10"),
@@ -368,12 +457,40 @@ def test_the_op_equals_the_reference(device, options, monkeypatch):
         assert relative(a, b) < 2e-2
 
 
+@pytest.mark.parametrize("strange", [HEADS_FIRST, MISALIGNED, QKV[:, :1].expand(2, 5, 1, 3, 64)],
+                         ids=["heads first", "misaligned", "expanded"])
+def test_the_op_copies_what_the_kernels_refuse(device, strange):
+    def outputs(qkv, dout):
+        leaf = qkv.detach().requires_grad_()
+        out = ops.attention(leaf)
+        return out, *torch.autograd.grad(out, leaf, dout)
+
+    with device.run():
+        got = outputs(strange, torch.ones(1, dtype=BF16).expand(strange[:, :, :, :1].shape))
+        whole = strange.clone(memory_format=torch.contiguous_format)
+        expected = outputs(whole, torch.ones(whole[:, :, :, :1].shape, dtype=BF16))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_what_the_kernels_do_not_take_goes_to_the_reference(device):
     with device.run() as log:
-        ops.attention(QKV.float())
-        ops.attention(QKV[..., :32])
+        for qkv in (QKV.float(), QKV.double(), QKV[..., :32], torch.randn(2, 5, 1, 3, 80).to(BF16)):
+            out = ops.attention(qkv.requires_grad_())
+            out.sum().backward()
     assert log.launches == []
+
+
+def test_reasons(device, monkeypatch):
+    monkeypatch.delenv("GPTDIST_OPS", raising=False)
     assert backends.choose("attention", "cpu", BF16).backend == "reference"  # outside of the device
+    with device.run():
+        assert backends.choose("attention", "cpu", BF16, head_misfit(128)).backend == "cuda"
+        fp32 = backends.choose("attention", "cpu", torch.float32)
+        assert fp32 == ("reference", "the cuda kernel does not take torch.float32")
+        narrow = backends.choose("attention", "cpu", BF16, head_misfit(80))
+        assert narrow == ("reference", "head dimension 80 is not 64 or 128")
+        (shown,) = (row["cpu"] for row in doctor.collect()["ops"] if row["op"] == "attention")
+        assert shown == {"backend": "cuda", "reason": "takes bfloat16, float16; head dimension 64 or 128"}
 
 
 @pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd"])

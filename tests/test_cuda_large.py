@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 from gptdist import ops
-from tests import adamw_cases, cuda_vm
+from tests import adamw_cases, cuda_vm, test_cuda_attention
 
 VM = torch.ops.gptdist_vm
 WIDTH = 4096
@@ -125,3 +125,58 @@ def test_grad_norm(device, monkeypatch):
         VM.grad_norm(tensors)
     exact = [tensors[0][-LAST:].double().square().sum().item(), tensors[1].double().square().sum().item()]
     assert found == pytest.approx(exact, rel=1e-6)
+
+
+def attention_blocks(first: tuple[str, ...], positions: int):
+    """Of each grid: of the kernels named in `first` the first block, of the others the last one, of the statistics what
+    `positions` need."""
+    def blocks(kernel: str, count: int) -> tuple[int, int]:
+        if "statistics" in kernel:
+            return count - positions // 16, count
+        return (0, 1) if any(name in kernel for name in first) else (count - 1, count)
+    return blocks
+
+
+def check_attention(device, qkv, doc_start, last, first: tuple[str, ...], queries: slice) -> None:
+    """Forward and backward of the last positions of qkv, which are `last` (1, T, 1, 3, D), by one block of each grid.
+
+    first: the kernels whose first block that is. queries: which of the positions that block has, in forward and dq;
+    dkv's has the last keys.
+    """
+    B, total, H, _, D = qkv.shape
+    T = last.shape[1]
+    qkv[-1, -T:] = last[0]
+    dout, out = (torch.empty(B, total, H, 1, D, dtype=BF16) for _ in range(2))
+    lse = torch.empty(B, H, 1, total)
+    dout[-1, -T:] = torch.randn(T, H, 1, D)
+    expected = test_cuda_attention.exact(last, dout[-1:, -T:], True, None, 1.0)
+    with device.run(blocks=attention_blocks(first, T)):
+        got, got_lse = VM.attention_fwd(qkv, True, doc_start, 0.0, None, None, 0, 0)
+    relative, bound = test_cuda_attention.relative, 3 * 2.0**-8
+    assert relative(got[-1, -T:][queries], expected[0][0][queries]) < bound
+    close(got_lse[-1, :, :, -T:][..., queries], expected[1][0][..., queries])
+    out[-1, -T:], lse[-1, :, :, -T:] = expected[0][0].to(BF16), expected[1][0].float()
+    with device.run(blocks=attention_blocks(first, T)):
+        dqkv = VM.attention_bwd(dout, qkv, out, lse, True, doc_start, 0.0, None, None, 0, 0)
+    assert relative(dqkv[-1, -T:][queries, :, 0], expected[2][0][queries, :, 0]) < bound
+    assert relative(dqkv[-1, -64:, :, 1:], expected[2][0][-64:, :, 1:]) < bound
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_of_many_rows(device, D):
+    T = 256
+    last = torch.randn(1, T, 1, 3, D).to(BF16)
+    qkv = torch.empty(2**31 // (T * 3 * D) + 2, T, 1, 3, D, dtype=BF16)
+    check_attention(device, qkv, None, last, (), slice(0, 128))  # the lightest tiles, of the first queries, come last
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_of_a_long_row(device, D):
+    """A document of 256 positions at the end of it: earlier ones are not read."""
+    T = 256
+    last = torch.randn(1, T, 1, 3, D).to(BF16)
+    total = (2**31 // (3 * D) // T + 2) * T
+    qkv = torch.empty(1, total, 1, 3, D, dtype=BF16)
+    doc_start = torch.empty(1, total, dtype=torch.int32)
+    doc_start[:, -T:] = total - T
+    check_attention(device, qkv, doc_start, last, ("forward", "dq"), slice(T - 128, T))

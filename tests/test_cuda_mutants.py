@@ -1,18 +1,14 @@
 """Every wrong version of the CUDA kernels is caught, and by what: a fault of the PTX machine, or wrong values."""
 
-import re
-from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 
 from gptdist import ops
-from tests import adamw_cases, cuda_vm, mutants
-from tests.mutants import CUDA, Kernel
+from tests import adamw_cases, cuda_vm, mutants, test_cuda_attention_mutants
+from tests.mutants import Family
 from tests.test_cuda_decode import exact, paged, within
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -144,20 +140,10 @@ def decode_case(run: Callable, lengths: tuple[int, ...], Tq: int, H: int, G: int
     assert right, "values of out"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A source file: `headers` that are changed with it, the kernels that mutants are made of, the cases (a case runs
-    the shipped ops in `run()` and compares) that must catch them, the quick ones first."""
-
-    headers: tuple[str, ...]
-    kernels: tuple[str, ...]
-    cases: tuple[Callable, ...]
-
-
 # The sizes leave tails in every direction and reach every loop twice: 18 partials a fold, two tiles, sweeps of a row.
 FAMILIES = {
     "layer_norm": Family(
-        ("fold_partials.cuh", "reduce.cuh"),
+        "layer_norm", ("layer_norm.cu", "fold_partials.cuh", "reduce.cuh"),
         ("layer_norm_forward_kernel<Bf16, float, float, true, kWarp16>",
          "layer_norm_forward_kernel<float, float, float, false, kBlock>",
          "layer_norm_backward_kernel<Bf16, float, float, kWarp16>",
@@ -168,25 +154,25 @@ FAMILIES = {
          partial(norm_case, rows=5, width=1032, dtype=FP32, residual=False, backward=True),
          partial(norm_case, rows=5, width=8200, dtype=FP32, residual=True, backward=True))),
     "bias_gelu": Family(
-        (),
+        "bias_gelu", ("bias_gelu.cu",),
         ("bias_gelu_forward_kernel<Bf16, float>", "bias_gelu_backward_kernel<Bf16, float>",
          "bias_gelu_backward_kernel<float, float>"),
         (partial(gelu_case, rows=35, width=264, backward=False), partial(gelu_case, rows=299, width=264, backward=True),
          partial(gelu_case, rows=35, width=264, backward=True, dtype=FP32),
          partial(gelu_case, rows=4200, width=256, backward=True))),
     "cross_entropy": Family(
-        ("reduce.cuh",),
+        "cross_entropy", ("cross_entropy.cu", "reduce.cuh"),
         ("cross_entropy_forward_kernel<Bf16>", "cross_entropy_backward_kernel<Bf16>"),
         (partial(entropy_case, vocabulary=17, backward=False), partial(entropy_case, vocabulary=17, backward=True),
          partial(entropy_case, vocabulary=4099, backward=True), partial(entropy_case, vocabulary=12801, backward=True),
          partial(entropy_case, vocabulary=50257, backward=True))),
     "dropout": Family(
-        ("philox.cuh",),
+        "dropout", ("dropout.cu", "philox.cuh"),
         ("dropout_kernel<Bf16, kDropoutVectors>", "dropout_kernel<float, kDropoutElements>"),
         (partial(dropout_case, batch=2, positions=63, channels=264, dtype=BF16),
          partial(dropout_case, batch=2, positions=63, channels=133, dtype=FP32))),
     "adamw": Family(
-        ("tensor_list.cuh",),
+        "adamw", ("adamw.cu", "tensor_list.cuh"),
         ("adamw_kernel",),
         (partial(adamw_case, shapes=[(1030,), (3,)], grads=(BF16, FP32), shadows=(FP16, BF16)),
          partial(adamw_case, shapes=[(257,), (7,)], grads=(BF16, FP32), shadows=(), offset=1),
@@ -194,14 +180,14 @@ FAMILIES = {
          *(partial(misaligned_case, name=name) for name in ("params", "grads", "exp_avg", "exp_avg_sq", "shadows")),
          partial(adamw_case, shapes=[(i % 3 + 1,) for i in range(520)], grads=(FP32,), shadows=(BF16,)))),
     "grad_norm": Family(
-        ("tensor_list.cuh",),
+        "grad_norm", ("grad_norm.cu", "tensor_list.cuh"),
         ("grad_norm_kernel", "grad_norm_fold_kernel"),
         (partial(grad_norm_case, shapes=[(4099,), (3,), (1203,)]),
          partial(grad_norm_case, shapes=[(9, 131), (16401,), (5,)], dtypes=(FP16, BF16, FP32), offset=1),
          partial(grad_norm_case, shapes=[(16401,), (8197,), (300,)], dtypes=(BF16, FP16)),
          partial(grad_norm_case, shapes=[(i % 3 + 1,) for i in range(1100)]))),
     "decode_attention": Family(
-        (),
+        "decode_attention", ("decode_attention.cu",),
         ("decode_attention_kernel<Fp16, 64, 16>", "decode_attention_kernel<Fp16, 64, 64>",
          "decode_merge_kernel<Fp16, 64, 64>"),
         (partial(decode_case, lengths=(70, 9), Tq=1, H=2, G=3),
@@ -242,22 +228,6 @@ EQUIVALENT = {
 }
 
 
-def caught_by(device: cuda_vm.Device, ptx: str, cases: tuple[Callable, ...]) -> str:
-    """The kind of the first failure, or the empty string."""
-    from gptdist import _ptxvm
-
-    module = _ptxvm.Module(ptx)
-    for seed, case in enumerate(cases):
-        try:
-            with cuda_vm.poisoned_outputs():
-                case(partial(device.run, module=module, seed=seed, global_races=True))
-        except _ptxvm.Fault as fault:
-            return fault.kind
-        except AssertionError as error:
-            return str(error)
-    return ""
-
-
 @pytest.fixture(scope="module")
 def device():
     return cuda_vm.device()
@@ -265,74 +235,23 @@ def device():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cases_pass_unchanged(device, name):
-    with cuda_vm.poisoned_outputs():
-        for case in FAMILIES[name].cases:
-            case(partial(device.run, global_races=True))
+    mutants.check_unchanged(device, FAMILIES[name].cases)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name == "decode_attention" else ()) for name in FAMILIES])
 def test_every_source_mutant_is_caught(device, name, tmp_path):
-    family = FAMILIES[name]
-    kernels = [Kernel(kernel) for kernel in family.kernels]
-    found = mutants.source_mutants(CUDA / f"{name}.cu", family.headers, kernels)
-    report, wrong = Counter(), []
-    for mutant, ptx in zip(found, mutants.compile_mutants(found, tmp_path), strict=True):
-        caught = caught_by(device, ptx, family.cases) if ptx else ""
-        if ptx and bool(caught) == (mutant.line in EQUIVALENT):
-            wrong.append(f"{mutant.kind} {'caught' if caught else 'survives'}: {mutant.file}: {mutant.line}")
-        report[caught.partition(" ")[0] or "equivalent"] += 1
-    print(f"{name}: {len(found)} source mutants: {dict(report)}")
-    assert not wrong, "\n".join(wrong)
-    assert report["equivalent"] < 0.2 * len(found)
+    mutants.check_source(device, FAMILIES[name], EQUIVALENT, tmp_path)
 
 
 def test_no_exception_is_stale():
-    lines = {mutant.line for name, family in FAMILIES.items()
-             for mutant in mutants.source_mutants(CUDA / f"{name}.cu", family.headers, [])}
-    assert EQUIVALENT.keys() <= lines
-
-
-def launched(device: cuda_vm.Device, cases: tuple[Callable, ...]) -> list[str]:
-    """Names of the kernels that cases launch."""
-    names: dict[str, None] = {}
-
-    @contextmanager
-    def recording():
-        with device.run() as log:
-            yield log
-        names.update(dict.fromkeys(launch.name for launch in log.launches))
-
-    for case in cases:
-        case(recording)
-    return list(names)
-
-
-def synchronisations(device: cuda_vm.Device) -> dict[str, int]:
-    """Kernel name -> barriers and waits in it, of all that ship but training's attention, which has no mutants yet."""
-    return {kernel: len(mutants.SYNCHRONISATION.findall(body)) for text in device.ptx
-            for kernel, body in mutants.entries(text).items() if not template_of(kernel).startswith("attention_")}
-
-
-def template_of(kernel: str) -> str:
-    """The template's name out of a mangled one: _ZN7gptdist4cuda14dropout_kernelI... -> dropout_kernel."""
-    length = re.match(r"_ZN7gptdist4cuda(\d+)", kernel)
-    return kernel[length.end():][:int(length[1])]
+    mutants.check_exceptions(FAMILIES.values(), EQUIVALENT)
 
 
 def test_every_barrier_and_wait_is_needed(device):
-    """Of each kernel that the cases launch, and those are all that ship, but for element types."""
-    counts, report, wrong = synchronisations(device), Counter(), []
-    mutated = set()
-    for family in FAMILIES.values():
-        for kernel in launched(device, family.cases):
-            mutated.add((template_of(kernel), counts[kernel]))
-            for taken, ptx in mutants.without_synchronisation(device.ptx_of(kernel), kernel):
-                caught = caught_by(device, ptx, family.cases)
-                report[caught.partition(" ")[0]] += 1
-                if not caught:
-                    wrong.append(f"{kernel} without {taken}")
-    print(f"without a barrier or wait: {dict(report)}")
-    assert not wrong, "\n".join(wrong)
-    left_out = {kernel for kernel, count in counts.items() if count and (template_of(kernel), count) not in mutated}
-    assert not left_out, f"no case runs a kernel like these: {sorted(left_out)}"
+    mutants.check_synchronisation(device, FAMILIES.values(), {})
+
+
+def test_every_kernel_has_mutants():
+    families = [*FAMILIES.values(), *test_cuda_attention_mutants.FAMILIES.values()]
+    assert {path.stem for path in mutants.CUDA.glob("*.cu")} == {family.source for family in families}

@@ -239,6 +239,18 @@ def cpu_backward(dout, qkv, out, lse, doc_start, drop: Dropout):
 # the op
 
 
+def _check_documents(doc_start) -> None:
+    """On a CPU alone: a GPU would have to be waited for."""
+    if doc_start is None or doc_start.device.type != "cpu" or doc_start.numel() == 0:
+        return
+    position = torch.arange(doc_start.shape[1])
+    least = doc_start.roll(1, 1).index_fill(1, position[:1], 0)  # (B, T): the one before, at first 0
+    wrong = ((doc_start > position) | (doc_start < least)).nonzero()
+    if len(wrong):
+        b, t = wrong[0].tolist()
+        raise ValueError(f"attention: doc_start[{b}, {t}] is {doc_start[b, t]}, expected {least[b, t]} to {t}")
+
+
 @custom_op("gptdist::attention_fwd")
 def _fwd(
     qkv: torch.Tensor,
@@ -249,6 +261,7 @@ def _fwd(
     site: int,
     head_offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_documents(doc_start)
     drop = Dropout(dropout_p, key, sample_ids, site, head_offset)
     backend = _backend(qkv)
     if backend == "cuda":
@@ -323,7 +336,9 @@ def attention(
     """Causal attention of a packed projection; returns (B, T, Hkv, G, D) contiguous, in qkv's dtype.
 
     qkv: (B, T, Hkv, G+2, D): per kv head its G queries, then k, then v. doc_start: int32 (B, T), query t sees keys in
-    [doc_start[b, t], t]; it must not exceed t, nor decrease along a row (documents lie one after the other).
+    [doc_start[b, t], t]; it must not exceed t, nor be negative, nor decrease along a row (documents lie one after the
+    other): a ValueError on a CPU; on a GPU, where values are not looked at, what comes out is then undefined, but no
+    memory outside of the tensors is touched.
     dropout_p, key, sample_ids, site: as for `dropout`, on the probabilities. head_offset: global index of the first
     query head, where heads are sharded.
     """
