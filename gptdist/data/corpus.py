@@ -32,14 +32,14 @@ def embedded_documents() -> Iterator[str]:
     yield from _all_documents()
 
 
-def embedded_docstrings() -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, docstring) of every module, class and function of the standard library that has one."""
+@functools.cache  # parsing takes seconds, and most tasks read them twice
+def embedded_docstrings() -> tuple[tuple[str, str], ...]:
+    """(qualified name, docstring) of every module, class and function of the standard library that has one."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(_source_files(root)):
-        yield from _module_docstrings(path, root)
+    return tuple(found for path in sorted(_source_files(root)) for found in _module_docstrings(path, root))
 
 
-@functools.cache  # parsing takes about a second, and training a tokenizer on the corpus reads it twice
+@functools.cache  # training a tokenizer on the corpus reads it twice
 def _all_documents() -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = (_module_document(path, root) for path in sorted(_source_files(root)))
