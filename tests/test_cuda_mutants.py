@@ -197,8 +197,11 @@ FAMILIES = {
          partial(decode_case, lengths=(0,), Tq=150, H=1, G=1),
          partial(decode_case, lengths=(400, *[0] * 66), Tq=1, H=2, G=1),
          partial(decode_case, lengths=(380, *[0] * 44), Tq=20, H=3, G=1),
+         partial(decode_case, lengths=(400, *[0] * 66), Tq=1, H=2, G=1, D=128),
+         partial(decode_case, lengths=(380, *[0] * 44), Tq=20, H=3, G=1, D=128),
          partial(decode_case, lengths=(70, 9), Tq=1, H=2, G=3, D=128),
-         partial(decode_case, lengths=(100, 20), Tq=30, H=2, G=3, D=128))),
+         partial(decode_case, lengths=(100, 20), Tq=30, H=2, G=3, D=128)),
+        mutants.DECODE_RULES),
 }
 
 # Changed lines that compute the same, and why: such a mutant is not counted, and fails if it is caught after all.
