@@ -280,9 +280,9 @@ def check_large(device: torch.device) -> Iterator[Check]:
 
 def check_backends(device: torch.device) -> Iterator[Check]:
     """The kernels run at all: a fallback to the reference would pass every comparison."""
-    for op in backends.COMPILED["cuda"]:
-        choice = backends.choose(op, device, torch.bfloat16)
-        yield Check(f"backend of {op}", "bfloat16", "", choice.backend != "cuda", 0, choice.reason)
+    for op, kernel in backends.COMPILED["cuda"].items():
+        choice = backends.choose(op, device, kernel.dtypes[-1])
+        yield Check(f"backend of {op}", short(kernel.dtypes[-1]), "", choice.backend != "cuda", 0, choice.reason)
 
 
 def correctness(device: torch.device, shapes: Shapes) -> Iterator[Check]:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.tokenize import describe
 from gptdist.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from gptdist.parallel.host import keep_freed_memory, set_up_cpu
+from gptdist.parallel.host import keep_freed_memory, physical_cores, set_up_process
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 50257
@@ -102,7 +102,9 @@ def gptdist_step(size: Size, shape: Shape, *, precision: str, compiled: bool = F
                         vocab_size=size.vocab)
     config = Config(model=model, train=TrainConfig(precision=precision, compile=compiled),
                     parallel=ParallelConfig(strategy="single", device="cpu"))
-    strategy = make_strategy(init_world(config.parallel), config)
+    world = init_world(config.parallel)
+    set_up_process(world.device)
+    strategy = make_strategy(world, config)
     strategy.prepare(build(config), lambda parameters: build_adamw(parameters, config.optim))
     strategy.loaded()
 
@@ -188,7 +190,7 @@ def environment(name: str) -> dict[str, str]:
 
 def measure(name: str, size: Size, shape: Shape, steps: int, warmup: int) -> dict:
     """Seconds of each timed step, losses of all, peak memory in bytes."""
-    set_up_cpu(0, 1)
+    torch.set_num_threads(physical_cores())
     step = CONTENDERS[name](size, shape)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(size.vocab, (BATCHES, shape.batch, shape.context + 1), generator=generator)

@@ -93,8 +93,8 @@ def torch_attention(qkv, *, doc_start=None):
     return out.transpose(1, 2).reshape(B, T, H, slots - 2, D)
 
 
-def torch_layer_norm(x, weight, bias, eps):
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+def torch_layer_norm(x, weight, bias, eps, *, dtype=None):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
 
 
 def torch_residual_layer_norm(x, residual, weight, bias, eps):
@@ -106,7 +106,7 @@ def torch_bias_gelu(x, bias):
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
-def torch_linear_cross_entropy(hidden, weight, targets, *, vocab_size, ignore_index):
+def torch_linear_cross_entropy(hidden, weight, targets, *, vocab_size, ignore_index, shadow=None):
     return F.cross_entropy(F.linear(hidden, weight[:vocab_size]), targets, ignore_index=ignore_index, reduction="none")
 
 

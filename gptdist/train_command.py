@@ -14,6 +14,7 @@ from gptdist.checkpoint.ranks import Ranks
 from gptdist.config import Config
 from gptdist.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER, ActionableError, LockedError, UserError
 from gptdist.faults import ExitRecord
+from gptdist.parallel.host import set_up_process
 from gptdist.parallel.world import end_process, env_rank, env_world_size, init_world
 from gptdist.trainer import Trainer
 
@@ -59,6 +60,7 @@ def _run(config: Config, record: ExitRecord, command: str, debug: bool) -> tuple
     """
     try:
         world = init_world(config.parallel)
+        set_up_process(world.device)
         record.agree(Ranks(None).on_coordinator(lambda: secrets.token_hex(8)))
         return Trainer(config, world).run(), ""
     except ActionableError as error:

@@ -38,14 +38,12 @@ def _quota() -> int:
     return INT_MAX if quota == "max" else max(1, round(int(quota) / int(period)))
 
 
-def set_up_cpu(threads: int, local_size: int) -> None:
-    """Set this process's CPU threads and treatment of denormals.
-
-    threads: 0 takes this host's cores, divided among the `local_size` processes on it.
-    """
-    torch.set_num_threads(threads or max(1, physical_cores() // local_size))
+def set_up_process(device: torch.device) -> None:
+    """Settings of a process that trains on `device`; they stay for its life."""
     # Arithmetic on denormals is some 100 times slower, and optimizer moments of idle weights decay into them.
     torch.set_flush_denormal(True)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:

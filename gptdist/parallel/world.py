@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gptdist.config import ParallelConfig
 from gptdist.errors import MissingError, UserError
-from gptdist.parallel.host import keep_freed_memory, set_up_cpu
+from gptdist.parallel.host import physical_cores
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -86,9 +86,7 @@ def init_world(config: ParallelConfig) -> World:
         raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp",
                         agreed=True)
     device = _device(config.device, local_rank)
-    set_up_cpu(config.threads, local_size)
-    if device.type == "cpu":
-        keep_freed_memory()
+    torch.set_num_threads(config.threads or max(1, physical_cores() // local_size))
     tensor = config.tensor
     if size % tensor:
         raise UserError(f"parallel.tensor={tensor} does not divide the {size} processes that were started",
