@@ -71,12 +71,13 @@ def test_the_limit_is_the_longer_of_two_times():
 
 @pytest.mark.parametrize("name", ops_timed.FAMILIES)
 def test_every_op_at_its_small_shape(name):
-    """Forward and backward beside PyTorch; our numbers are those of float64, to the dtype."""
+    """Forward, and backward where there is one, beside PyTorch; our numbers are those of float64, to the dtype."""
     torch.manual_seed(0)
     families = {name: ops_timed.tiny(ops_timed.FAMILIES[name])}
     peers = ops_timed.PEERS - {"compiled"}
     found = list(kernels.rows(CPU, LIMITS, families=families, repeats=1, limit_s=0.0, peers=peers))
-    assert [r.direction for r in found] == ["forward", "backward"]
+    one_way = name in ("decode_attention", "adamw_", "grad_norm")
+    assert [r.direction for r in found] == (["forward"] if one_way else ["forward", "backward"])
     for r in found:
         assert r.best_peer is not None
         assert len(r.times) >= 3
