@@ -127,14 +127,16 @@ def attention_case(run: Callable, *, shape: tuple[int, ...], **options) -> None:
 def sections_case(run: Callable) -> None:
     """K and V of two of the three heads fill the share of the cache: the blocks come in sections, the last one smaller.
 
-    The documents are of 64 positions, so that the reference takes them for batch rows.
+    The documents are of 64 positions, so that the reference takes them for batch rows. The probability picks the
+    kernels with dropout, which the mutants are made of, and drops nothing.
     """
     T, H, D = 1 << 15, 3, 64
     torch.manual_seed(0)
     qkv, dout = torch.randn(1, T, H, 3, D).to(BF16), torch.randn(1, T, H, 1, D).to(BF16)
     starts = (torch.arange(T, dtype=torch.int32) // 64 * 64)[None]
     device = SimpleNamespace(run=lambda **_: run(races=False, global_races=False))
-    out, _, dqkv, _ = test_cuda_attention.run(device, qkv, dout, doc_start=starts)
+    options = {"doc_start": starts, "p": 1e-9, "ids": torch.arange(1)}
+    out, _, dqkv, _ = test_cuda_attention.run(device, qkv, dout, **options)
     rows = (T // 64, 64, H)
     expected = test_cuda_attention.exact(qkv.view(*rows, 3, D), dout.view(*rows, 1, D), True, None, 1.0)
     assert test_cuda_attention.relative(out.view(*rows, 1, D), expected[0]) < 0.01, "out"
