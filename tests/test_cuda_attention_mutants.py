@@ -127,14 +127,16 @@ def attention_case(run: Callable, *, shape: tuple[int, ...], **options) -> None:
 def sections_case(run: Callable) -> None:
     """K and V of two of the three heads fill the share of the cache: the blocks come in sections, the last one smaller.
 
-    The documents are of 64 positions, so that the reference takes them for batch rows.
+    The documents are of 64 positions, so that the reference takes them for batch rows. The probability picks the
+    kernels with dropout, which the mutants are made of, and drops nothing.
     """
     T, H, D = 1 << 15, 3, 64
     torch.manual_seed(0)
     qkv, dout = torch.randn(1, T, H, 3, D).to(BF16), torch.randn(1, T, H, 1, D).to(BF16)
     starts = (torch.arange(T, dtype=torch.int32) // 64 * 64)[None]
     device = SimpleNamespace(run=lambda **_: run(races=False, global_races=False))
-    out, _, dqkv, _ = test_cuda_attention.run(device, qkv, dout, doc_start=starts)
+    options = {"doc_start": starts, "p": 1e-9, "ids": torch.arange(1)}
+    out, _, dqkv, _ = test_cuda_attention.run(device, qkv, dout, **options)
     rows = (T // 64, 64, H)
     expected = test_cuda_attention.exact(qkv.view(*rows, 3, D), dout.view(*rows, 1, D), True, None, 1.0)
     assert test_cuda_attention.relative(out.view(*rows, 1, D), expected[0]) < 0.01, "out"
@@ -146,10 +148,12 @@ def wrong_documents_case(run: Callable) -> None:
 
 
 def documents(B: int, T: int) -> torch.Tensor:
-    """doc_start of documents, short and long, that begin one position after a tile as well; fewer in the second row."""
-    begins = torch.tensor([0, 40, 41, 129, 449])
-    begin_of = begins[torch.searchsorted(begins, torch.arange(T), right=True) - 1].int()
-    return torch.stack([begin_of.clamp(max=41) if b == 1 else begin_of for b in range(B)])
+    """doc_start of documents, short and long; some begin one position after a tile: its last query to see a key."""
+    starts = []
+    for row in range(B):
+        begins = torch.tensor([0, 42, 257] if row else [0, 40, 41, 129, 449])
+        starts.append(begins[torch.searchsorted(begins, torch.arange(T), right=True) - 1])
+    return torch.stack(starts).int()
 
 
 # The lengths leave ragged ends and reach every loop more than twice; groups and kv heads differ in number.
@@ -209,6 +213,11 @@ EQUIVALENT = {
         "gradients of queries beyond the sequence are not stored",
     "if (place.t2 == 2 && row < positions) lse[row] = (state.maximum[i][half] * scale_log2 + log2_approx(sum)) * kLn2;":
         "the four threads of a row know the same",
+    "if (share == 1 && position < positions) {": "the eight threads of a row know the same",
+    "if (seeing_first <= positions) tiles.full_end = seeing_first / kQueries;":
+        "compares where there is nothing to hide, in the last tile",
+    "if (next > tiles.end) next = tiles.begin, ++next_head;":
+        "zeros of one tile more, which test_memory_traffic counts",
 }
 
 

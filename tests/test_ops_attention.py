@@ -132,6 +132,21 @@ def test_future_does_not_leak():
         (torch.ones(2, 3, 4), {}, "expected \\(B, T, Hkv, G\\+2, D\\)"),
         (torch.ones(2, 3, 1, 2, 4), {}, "G >= 1"),
         (torch.ones(2, 3, 1, 3, 4), {"doc_start": torch.zeros(2, 3)}, "expected int32 \\(2, 3\\)"),
+        (
+            torch.ones(1, 3, 1, 3, 4),
+            {"doc_start": torch.tensor([[0, 2, 2]], dtype=torch.int32)},
+            "doc_start\\[0, 1\\] is 2, expected 0 to 1",
+        ),
+        (
+            torch.ones(2, 3, 1, 3, 4),
+            {"doc_start": torch.tensor([[0, 0, 0], [0, 1, 0]], dtype=torch.int32)},
+            "doc_start\\[1, 2\\] is 0, expected 1 to 2",
+        ),
+        (
+            torch.ones(1, 2, 1, 3, 4),
+            {"doc_start": torch.tensor([[-1, 0]], dtype=torch.int32)},
+            "doc_start\\[0, 0\\] is -1, expected 0 to 0",
+        ),
         (torch.ones(2, 3, 1, 3, 4), {"dropout_p": 0.1}, "needs key"),
         (
             torch.ones(2, 3, 1, 3, 4),

@@ -150,7 +150,7 @@ struct AttentionForward {
   Dtype dtype;               // bf16 or fp16, of qkv and out
   const void* qkv;           // [batch, positions, kv_heads, group + 2, D]
   const int32_t* doc_start;  // [batch, positions]: the first key that a query sees; never decreasing along a row, at
-                             // most the query's own position. nullptr: 0. Only where causal
+                             // most the query's own position, else results mean nothing. nullptr: 0. Only where causal
   void* out;                 // [batch, positions, kv_heads, group, D], overwritten
   float* lse;                // [batch, kv_heads, group, positions], overwritten: log-sum-exp of the scaled scores
   int32_t qkv_stride, out_stride;  // elements from position to position: kv_heads (group + 2) D and kv_heads group D
