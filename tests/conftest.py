@@ -18,6 +18,13 @@ def _few_threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _denormals():
+    """A test that trains in this process leaves them flushed (parallel/host.py)."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A small prepared dataset of bytes: real English, about 100,000 tokens."""
