@@ -216,6 +216,8 @@ EQUIVALENT = {
     "if (share == 1 && position < positions) {": "the eight threads of a row know the same",
     "if (seeing_first <= positions) tiles.full_end = seeing_first / kQueries;":
         "compares where there is nothing to hide, in the last tile",
+    "const int32_t first_query = (work.rank) * kQueries;":
+        "the same tiles in another order: the last queries see the most keys",
     "if (next > tiles.end) next = tiles.begin, ++next_head;":
         "zeros of one tile more, which test_memory_traffic counts",
 }
