@@ -1,0 +1,58 @@
+"""What a training process sets of its machine (gptdist/parallel/host.py)."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gptdist.parallel import host
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Four hardware threads, two of each core; their quota is in the file that is returned."""
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+    monkeypatch.setattr(host, "CPUS", tmp_path)
+    monkeypatch.setattr(host, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    return tmp_path / "cpu.max"
+
+
+def test_threads_of_one_core_count_once(machine):
+    assert host.physical_cores() == 2
+
+
+def test_without_a_topology_each_thread_is_a_core(machine, monkeypatch):
+    monkeypatch.setattr(host, "CPUS", machine)
+    assert host.physical_cores() == 4
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("20000 100000", 1), ("?", 2)])
+def test_a_quota_bounds_them(machine, quota, cores):
+    machine.write_text(quota)
+    assert host.physical_cores() == cores
+
+
+def test_freed_memory_is_kept():
+    """In a process of its own: a buffer that is freed and taken again meets no new page."""
+    program = """
+import resource, torch
+from gptdist.parallel.host import keep_freed_memory
+if not keep_freed_memory():
+    print("another C library")
+    raise SystemExit
+def touch():
+    torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+first, second = touch(), touch()
+print(second - first)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    if "another" in said:
+        pytest.skip("the C library is not glibc")
+    assert int(said) < 100  # of 16,384 pages
