@@ -34,13 +34,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.tokenize import describe
+from benchmarks.training_speed import CLIP, LEARNING_RATE
+from benchmarks.training_speed import step as training_step
 from gptdist.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from gptdist.parallel.host import keep_freed_memory, physical_cores, set_up_process
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 50257
 BATCHES = 8  # different ones, in turn
-LR, CLIP = 1e-4, 1.0
 TCMALLOC = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
 
 
@@ -106,17 +107,8 @@ def gptdist_step(size: Size, shape: Shape, *, precision: str, compiled: bool = F
     set_up_process(world.device)
     strategy = make_strategy(world, config)
     strategy.prepare(build(config), lambda parameters: build_adamw(parameters, config.optim))
-    strategy.loaded()
 
-    def step(tokens: Tensor, targets: Tensor) -> float:
-        with strategy.micro_batch(is_last=True):
-            loss = strategy(tokens, targets).sum()
-            strategy.backward(loss, targets.numel())
-        strategy.grad_norm()
-        strategy.apply(LR, CLIP)
-        return loss.item() / targets.numel()
-
-    return step
+    return lambda tokens, targets: training_step(strategy, tokens, targets).item()
 
 
 def hf_step(size: Size, shape: Shape, *, bf16: bool, compiled: bool = False, tuned: bool = False) -> Step:
@@ -128,7 +120,7 @@ def hf_step(size: Size, shape: Shape, *, bf16: bool, compiled: bool = False, tun
                         n_head=size.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
                         attn_implementation="sdpa")
     model = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **({"fused": True} if tuned else {}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **({"fused": True} if tuned else {}))
     forward = torch.compile(model) if compiled else model
 
     def step(tokens: Tensor, targets: Tensor) -> float:

@@ -30,6 +30,7 @@ from gptdist.parallel.world import World
 
 GIB = 1 << 30
 WARM_UP_STEPS, STEPS = 3, 10
+LEARNING_RATE, CLIP = 1e-4, 1.0
 GPT2 = ModelConfig(vocab_size=50257, context=1024, width=768, n_layers=12, n_heads=12)
 GPT2_XL = ModelConfig(vocab_size=50257, context=1024, width=1600, n_layers=48, n_heads=25)
 TINY = ModelConfig(vocab_size=100, context=32, width=128, n_layers=2, n_heads=2)
@@ -157,7 +158,7 @@ def step(strategy: strategies.Strategy, tokens: torch.Tensor, targets: torch.Ten
         loss = strategy(tokens, targets).sum()
         strategy.backward(loss, targets.numel())
     strategy.grad_norm()
-    strategy.apply(1e-4, clip=1.0)
+    strategy.apply(LEARNING_RATE, CLIP)
     return loss.detach() / targets.numel()
 
 

@@ -8,9 +8,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <string>
 
 #include "cpu/common.h"
+#include "tensor_names.h"
 
 namespace gptdist {
 
@@ -40,24 +40,6 @@ void parallel_blocks(Shape shape, int64_t rows_per_block, const Body& body) {
   const int64_t block_elements = rows_per_block * shape.channels;
   const int64_t grain = block_elements >= kElementsPerThread ? 1 : kElementsPerThread / block_elements;
   torch::stable::parallel_for(0, block_count(shape, rows_per_block), grain, body);
-}
-
-inline std::string dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
-  }
-}
-
-inline std::string shape_name(const Tensor& x) {
-  std::string text = "(";
-  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + ")";
 }
 
 // One call of an op: what does not fit is an error that names the op, the tensor, what it is and what was wanted.

@@ -40,7 +40,7 @@ AttentionDropout dropout_of(const Dropout& dropout, int64_t B, int64_t heads) {
 }
 
 AttentionShape shape_of(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start, const Dropout& dropout) {
-  STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(3) >= 3, "attention: qkv has shape ", Refusal::shape_name(qkv),
+  STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(3) >= 3, "attention: qkv has shape ", shape_name(qkv),
                   ", expected (B, T, Hkv, G+2, D) with G >= 1");
   kRefuse.float_type(qkv, "qkv");
   kRefuse.head_dim(qkv, "qkv");

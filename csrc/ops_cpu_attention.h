@@ -20,12 +20,6 @@ namespace gptdist {
 struct Refusal {
   const char* op;
 
-  static std::string shape_name(const Tensor& x) {
-    std::string text;
-    for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-    return "(" + text + ")";
-  }
-
   // `symbols` name the sizes in `wanted`.
   void shape(const Tensor& x, const char* name, const std::vector<int64_t>& wanted, const char* symbols) const {
     bool same = x.dim() == int64_t(wanted.size());

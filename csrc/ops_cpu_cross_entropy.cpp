@@ -42,7 +42,9 @@ T* row_of(const Tensor& x, int64_t row) {
   return static_cast<T*>(x.data_ptr()) + row * row_stride(x);
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
+// (loss, lse) of body(T{}, begin, end, targets, loss, lse) for ranges of rows, the pointers being those of row `begin`.
+template <class Body>
+std::tuple<Tensor, Tensor> losses_of(const Tensor& logits, const Tensor& targets, int64_t ignore_index, const Body& body) {
   const CpuCall call("cross_entropy");
   const int64_t* targets_data = check_rows(call, logits, targets, ignore_index);
   const bool bf16 = call.is_bf16(logits, "logits");
@@ -50,15 +52,20 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
   Tensor lse = torch::stable::empty_like(loss);
   float* loss_data = static_cast<float*>(loss.data_ptr());
   float* lse_data = static_cast<float*>(lse.data_ptr());
-  const Isa isa = active_isa();
   parallel_rows(logits, bf16, [&](auto element, int64_t begin, int64_t end) {
-    using T = decltype(element);
-    cpu::cross_entropy_forward(
-        cpu::CrossEntropyForward<T>{row_of<const T>(logits, begin), targets_data + begin, loss_data + begin,
-                                    lse_data + begin, end - begin, logits.size(1), row_stride(logits), ignore_index},
-        isa);
+    body(element, begin, end, targets_data + begin, loss_data + begin, lse_data + begin);
   });
   return {loss, lse};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
+  const Isa isa = active_isa();
+  return losses_of(logits, targets, ignore_index, [&](auto element, int64_t begin, int64_t end, auto... rows) {
+    using T = decltype(element);
+    cpu::cross_entropy_forward(cpu::CrossEntropyForward<T>{row_of<const T>(logits, begin), rows..., end - begin,
+                                                           logits.size(1), row_stride(logits), ignore_index},
+                               isa);
+  });
 }
 
 // Overwrites `dlogits`, which has the strides of `logits` or is `logits`.
@@ -95,24 +102,15 @@ void cross_entropy_bwd_(const Tensor& dloss, const Tensor& logits, const Tensor&
 
 // (loss, lse); the logits become their gradient for a dloss of 1.
 std::tuple<Tensor, Tensor> cross_entropy_gradient_(const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
-  const CpuCall call("cross_entropy");
-  const int64_t* targets_data = check_rows(call, logits, targets, ignore_index);
-  const bool bf16 = call.is_bf16(logits, "logits");
-  Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
-  Tensor lse = torch::stable::empty_like(loss);
-  float* loss_data = static_cast<float*>(loss.data_ptr());
-  float* lse_data = static_cast<float*>(lse.data_ptr());
   const Isa isa = active_isa();
-  parallel_rows(logits, bf16, [&](auto element, int64_t begin, int64_t end) {
+  return losses_of(logits, targets, ignore_index, [&](auto element, int64_t begin, int64_t end, auto... rows) {
     using T = decltype(element);
     std::vector<float> scratch(logits.size(1));
     cpu::cross_entropy_gradient(
-        cpu::CrossEntropyGradient<T>{row_of<T>(logits, begin), targets_data + begin, loss_data + begin,
-                                     lse_data + begin, scratch.data(), end - begin, logits.size(1),
+        cpu::CrossEntropyGradient<T>{row_of<T>(logits, begin), rows..., scratch.data(), end - begin, logits.size(1),
                                      row_stride(logits), ignore_index},
         isa);
   });
-  return {loss, lse};
 }
 
 // out = (x + addend) scale. out, addend: fp32, and may be one tensor; x: fp32 or bf16; all of one shape, contiguous.

@@ -37,18 +37,18 @@ void check_pages(const AttentionShape& shape, const Tensor& cache, const int32_t
 
 AttentionShape shape_of(const Decode& in) {
   const Tensor &q = in.q, &cache = in.k_cache;
-  STD_TORCH_CHECK(q.dim() == 5 && q.size(3) >= 1, "decode_attention: q has shape ", Refusal::shape_name(q),
+  STD_TORCH_CHECK(q.dim() == 5 && q.size(3) >= 1, "decode_attention: q has shape ", shape_name(q),
                   ", expected (B, Tq, Hkv, G, D) with G >= 1");
   kRefuse.float_type(q, "q");
   kRefuse.head_dim(q, "q");
-  STD_TORCH_CHECK(cache.dim() == 4 && cache.size(1) >= 1, "decode_attention: k_cache has shape ", Refusal::shape_name(cache),
+  STD_TORCH_CHECK(cache.dim() == 4 && cache.size(1) >= 1, "decode_attention: k_cache has shape ", shape_name(cache),
                   ", expected (pages, page, Hkv, D) with page >= 1");
   for (const auto& [tensor, name] : {std::pair{&in.k_cache, "k_cache"}, std::pair{&in.v_cache, "v_cache"}}) {
     kRefuse.type(*tensor, name, q.scalar_type(), "one of q");
     kRefuse.shape(*tensor, name, {cache.size(0), cache.size(1), q.size(2), q.size(4)}, "(pages, page, Hkv, D)");
   }
   STD_TORCH_CHECK(in.block_table.dim() == 2 && in.block_table.size(0) == q.size(0), "decode_attention: block_table has shape ",
-                  Refusal::shape_name(in.block_table), ", expected (B, P) with B=", q.size(0));
+                  shape_name(in.block_table), ", expected (B, P) with B=", q.size(0));
   kRefuse.shape(in.lengths, "lengths", {q.size(0)}, "(B)");
   const int64_t* lengths = kRefuse.contiguous<const int64_t>(in.lengths, "lengths", ScalarType::Long, "int64");
   const AttentionShape shape{q.size(0), q.size(1), q.size(2), q.size(3), q.size(4), true, nullptr, {}, lengths};

@@ -26,6 +26,7 @@
 #endif
 
 #include "cuda/kernels.h"
+#include "tensor_names.h"
 
 namespace gptdist {
 namespace {
@@ -36,27 +37,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kAlignment = 16;  // bytes: kernels read and write 16-byte vectors
 
-std::string dtype_name(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "another dtype";
-  }
-}
-
 std::string device_name(const Tensor& x) {
   if (x.is_cpu()) return "cpu";
   return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another kind of device";
-}
-
-std::string shape_name(const Tensor& x) {
-  std::string text = "(";
-  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + ")";
 }
 
 // One call of an op. Every tensor passes through here on its way to a pointer: its device, dtype and layout are checked,

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import cuda_vm
+
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
 
@@ -23,6 +25,20 @@ def _denormals():
     """A test that trains in this process leaves them flushed (parallel/host.py)."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def device() -> cuda_vm.Device:
+    """The CUDA ops on CPU tensors; skips where something for that is missing."""
+    return cuda_vm.device()
+
+
+@pytest.fixture
+def poisoned():
+    """Fixed random numbers, and NaN in all memory that torch hands out."""
+    torch.manual_seed(0)
+    with cuda_vm.poisoned_outputs():
+        yield
 
 
 @pytest.fixture(scope="session")

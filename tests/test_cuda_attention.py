@@ -17,7 +17,6 @@ from gptdist import doctor, ops
 from gptdist.ops import backends
 from gptdist.ops.attention import head_misfit
 from gptdist.ops.random import keep_mask
-from tests import cuda_vm
 
 VM = torch.ops.gptdist_vm
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,17 +25,7 @@ KEY = ops.dropout_key(1, 2)
 SITE, HEAD_OFFSET = 7, 3
 LENGTHS = (1, 7, 64, 128, 131, 200, 256, 512)  # below, at and beside the tiles of 32, 64 and 128
 
-
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_poison():
-    torch.manual_seed(0)
-    with cuda_vm.poisoned_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def random_documents(B: int, T: int, share: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests import cuda_vm, mutants, test_cuda_attention
+from tests import mutants, test_cuda_attention
 from tests.mutants import Family
 
 BF16 = torch.bfloat16
@@ -221,11 +221,6 @@ EQUIVALENT = {
     "if (next > tiles.end) next = tiles.begin, ++next_head;":
         "zeros of one tile more, which test_memory_traffic counts",
 }
-
-
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param((sections_case,), marks=pytest.mark.long)])

@@ -16,7 +16,6 @@ from gptdist.data.tokenizer import build_tokenizer
 from gptdist.generate import Generator, Sampling
 from gptdist.ops import backends
 from gptdist.ops.decode_attention import misfit
-from tests import cuda_vm
 from tests.test_model import small_model
 
 VM = torch.ops.gptdist_vm
@@ -25,17 +24,7 @@ ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11}
 KEYS = 64  # in a tile
 NAN = float("nan")
 
-
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_poison():
-    torch.manual_seed(0)
-    with cuda_vm.poisoned_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Paged(NamedTuple):

@@ -27,16 +27,7 @@ def name(types):
     return "-".join(NAMES[dtype] for dtype in types)
 
 
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_poison():
-    torch.manual_seed(0)
-    with cuda_vm.poisoned_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def run(device, op, *arguments, seed=0):

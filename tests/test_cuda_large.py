@@ -18,11 +18,6 @@ ROWS = 2**31 // WIDTH + 5
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
 def huge(last: torch.Tensor) -> torch.Tensor:
     """(ROWS, WIDTH) bf16, of which only the last rows, `last`, are ever used."""
     x = torch.empty(ROWS, WIDTH, dtype=BF16)

@@ -21,11 +21,6 @@ VM = torch.ops.gptdist_vm
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
 def randn(*shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptdist import ops
-from tests import adamw_cases, cuda_vm, mutants, test_cuda_attention_mutants
+from tests import adamw_cases, mutants, test_cuda_attention_mutants
 from tests.mutants import Family
 from tests.test_cuda_decode import exact, paged, within
 
@@ -229,11 +229,6 @@ EQUIVALENT = {
     "constexpr int kPartBytes = kHeadDim * 4 + 32, kParts = kKeyWarps * (kRows + 1);": "a gap between parts and states",
     "const uint32_t states = stages + kParts * (kPartBytes + 1);": "a gap between parts and states",
 }
-
-
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

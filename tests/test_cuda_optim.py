@@ -15,11 +15,6 @@ VM = torch.ops.gptdist_vm
 STEP_CHUNK, NORM_CHUNK = 8192, 16384  # csrc/cuda/kernels.h
 
 
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
 @pytest.fixture(autouse=True)
 def _poison():
     torch.manual_seed(0)

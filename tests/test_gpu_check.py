@@ -15,16 +15,10 @@ import torch
 
 from benchmarks import attention_checks, checks, gpu_check, gpu_report, gpu_sections, training_speed
 from gptdist import ops
-from tests import cuda_vm
 from tests.conftest import ROOT
 
 SMALL = gpu_sections.TINY_SHAPES
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def device():
-    return cuda_vm.device()
 
 
 # the checks

@@ -289,11 +289,6 @@ def test_an_unknown_gpu_is_an_error():
 # traffic and the report
 
 
-@pytest.fixture(scope="module")
-def device():
-    return cuda_vm.device()
-
-
 def test_counted_traffic(device):
     """At a small shape: everything is read, and written once; attention's accesses waste nothing."""
     kernels = torch.ops.gptdist_vm

@@ -51,27 +51,27 @@ GPTDIST_INLINE void step_shadowed(const AdamWChunk& c, const AdamWScalars& s, fl
   step_elements<G, Fp16>(c, s, grad_scale);
 }
 
-GPTDIST_INLINE void step(const AdamWChunk& c, const AdamWScalars& s, float grad_scale) {
-  switch (c.grad_dtype) {
-    case Dtype::kFp32: return step_shadowed<float>(c, s, grad_scale);
-    case Dtype::kBf16: return step_shadowed<Bf16>(c, s, grad_scale);
-    case Dtype::kFp16: return step_shadowed<Fp16>(c, s, grad_scale);
+struct Step {
+  const AdamWChunk& chunk;
+  const AdamWScalars& scalars;
+  float grad_scale;
+};
+
+template <class Args>
+GPTDIST_INLINE void step(const Args& a) {
+  switch (a.chunk.grad_dtype) {
+    case Dtype::kFp32: return step_shadowed<float>(a.chunk, a.scalars, a.grad_scale);
+    case Dtype::kBf16: return step_shadowed<Bf16>(a.chunk, a.scalars, a.grad_scale);
+    case Dtype::kFp16: return step_shadowed<Fp16>(a.chunk, a.scalars, a.grad_scale);
   }
 }
 
-#ifdef GPTDIST_X86
-GPTDIST_AVX2 void step_avx2(const AdamWChunk& c, const AdamWScalars& s, float scale) { step(c, s, scale); }
-GPTDIST_AVX512 void step_avx512(const AdamWChunk& c, const AdamWScalars& s, float scale) { step(c, s, scale); }
-#endif
+GPTDIST_FOR_EACH_ISA(step)
 
 }  // namespace
 
-void adamw(const AdamWChunk& chunk, const AdamWScalars& scalars, float grad_scale, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa >= Isa::kAvx512) return step_avx512(chunk, scalars, grad_scale);
-  if (isa == Isa::kAvx2) return step_avx2(chunk, scalars, grad_scale);
-#endif
-  step(chunk, scalars, grad_scale);
+void adamw(const AdamWChunk& chunk, const AdamWScalars& scalars, float grad_scale, Isa isa) {
+  step_at(Step{chunk, scalars, grad_scale}, isa);
 }
 
 }  // namespace gptdist::cpu

@@ -35,20 +35,12 @@ GPTDIST_INLINE float clamp_magnitude(float x) {
   return bits_to_float((bits & 0x80000000u) | uint32_t(cut));
 }
 
-// exp(x) to 2 ulp. x = n ln2 + r, |r| <= ln2 / 2; degree-6 polynomial in r (Cephes expf), then a shift of the exponent.
+// exp(x) to 2 ulp.
 GPTDIST_INLINE float fast_exp(float x) {
   x = clamp_magnitude(x);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const float p = exp_of_rest(x, shifted - kRound);
   const uint32_t exponent = float_to_bits(shifted) << 23;  // n mod 512; the sign of 1.5 * 2^23 shifts out
   return bits_to_float(float_to_bits(p) + exponent);
 }

@@ -22,21 +22,12 @@ namespace gptdist::cpu {
 namespace {
 
 // exp(x) for x <= 88: within 2 ulp down to -87 and 0 below, where exp would be less than 1.7e-38; NaN for NaN.
-// x = n ln2 + r, |r| <= ln2 / 2; degree-6 polynomial in r (Cephes expf), times 2^n.
 GPTDIST_INLINE float fast_exp(float x) {
   constexpr float kLeast = -87.0f;
   constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it leaves n + 127, 2^n's exponent, in the low bits
   const float bounded = x < kLeast ? kLeast : x;
   const float shifted = bounded * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const float p = exp_of_rest(bounded, shifted - kRound);
   const float power = bits_to_float(float_to_bits(shifted) << 23);
   return x < kLeast ? 0.0f : p * power;
 }

@@ -34,25 +34,30 @@ GPTDIST_INLINE double sum_elements(const T* x, int64_t elements) {
   return sum;
 }
 
-GPTDIST_INLINE double sum_chunk(const void* x, Dtype dtype, int64_t elements) {
-  if (dtype == Dtype::kFp32) return sum_elements(static_cast<const float*>(x), elements);
-  if (dtype == Dtype::kBf16) return sum_elements(static_cast<const Bf16*>(x), elements);
-  return sum_elements(static_cast<const Fp16*>(x), elements);
+struct Chunk {
+  const void* x;
+  Dtype dtype;
+  int64_t elements;
+  double* sum;  // overwritten
+};
+
+template <class Args>
+GPTDIST_INLINE void sum_chunk(const Args& a) {
+  switch (a.dtype) {
+    case Dtype::kFp32: *a.sum = sum_elements(static_cast<const float*>(a.x), a.elements); break;
+    case Dtype::kBf16: *a.sum = sum_elements(static_cast<const Bf16*>(a.x), a.elements); break;
+    case Dtype::kFp16: *a.sum = sum_elements(static_cast<const Fp16*>(a.x), a.elements); break;
+  }
 }
 
-#ifdef GPTDIST_X86
-GPTDIST_AVX2 double sum_avx2(const void* x, Dtype dtype, int64_t n) { return sum_chunk(x, dtype, n); }
-GPTDIST_AVX512 double sum_avx512(const void* x, Dtype dtype, int64_t n) { return sum_chunk(x, dtype, n); }
-#endif
+GPTDIST_FOR_EACH_ISA(sum_chunk)
 
 }  // namespace
 
-double sum_of_squares(const void* x, Dtype dtype, int64_t elements, [[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa >= Isa::kAvx512) return sum_avx512(x, dtype, elements);
-  if (isa == Isa::kAvx2) return sum_avx2(x, dtype, elements);
-#endif
-  return sum_chunk(x, dtype, elements);
+double sum_of_squares(const void* x, Dtype dtype, int64_t elements, Isa isa) {
+  double sum = 0.0;
+  sum_chunk_at(Chunk{x, dtype, elements, &sum}, isa);
+  return sum;
 }
 
 }  // namespace gptdist::cpu

@@ -85,6 +85,19 @@ GPTDIST_INLINE void store(Fp16* p, float value) {
   p->bits = uint16_t(half | (bits >> 16 & 0x8000u));
 }
 
+// exp(x) / 2^n for the integer n nearest to x / ln2: of r = x - n ln2, |r| <= ln2 / 2, a polynomial of degree 6 (Cephes
+// expf). The kernels find n and multiply by 2^n each in its way.
+GPTDIST_INLINE float exp_of_rest(float x, float n) {
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1.0f;
+}
+
 // A sum over i in [0, n) of term(i) in kLanes partial sums (four AVX-512 registers), then those in pairs: the order that
 // vector code wants, fixed by n alone.
 constexpr int64_t kLanes = 64;

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backends import choose, cuda_kernels, custom_op
+from .backends import choose, custom_op, kernels
 
 MASTERS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -53,9 +53,7 @@ def _adamw_(
     step: int,
 ) -> None:
     backend = choose("adamw_", params[0].device, params[0].dtype).backend
-    function = reference
-    if backend != "reference":
-        function = (cuda_kernels() if backend == "cuda" else torch.ops.gptdist_c).adamw_
+    function = reference if backend == "reference" else kernels(backend).adamw_
     function(params, grads, exp_avg, exp_avg_sq, shadows, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
 
 

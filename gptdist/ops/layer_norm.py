@@ -108,7 +108,8 @@ def _fwd(
         y, mean, rstd = kernel(x.contiguous(), *_cpu_parameters(weight, bias), eps)
     else:
         y, mean, rstd = _normalise(x, weight, bias, eps)
-    return y.to(x.dtype).to(dtype), mean, rstd
+        y = y.to(x.dtype)
+    return y.to(dtype), mean, rstd
 
 
 @custom_op("gptdist::layer_norm_bwd")

@@ -40,7 +40,7 @@ def _quota() -> int:
 
 def set_up_process(device: torch.device) -> None:
     """Settings of a process that trains on `device`; they stay for its life."""
-    # Arithmetic on denormals is some 100 times slower, and optimizer moments of idle weights decay into them.
+    # Processors take many times as long for denormals, and optimizer moments of idle weights decay into them.
     torch.set_flush_denormal(True)
     if device.type == "cpu":
         keep_freed_memory()
@@ -50,7 +50,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep what is freed for the next allocation; False where the C library is another.
 
     A training step allocates the same large buffers again and again. By default each is mapped afresh, zeroed by the
-    kernel page by page and unmapped, which at GPT-2 124M is about a third of a CPU's step.
+    kernel page by page and unmapped: for a plain PyTorch GPT-2 124M in fp32 at 4 x 64 tokens on two cores 730 ms a step
+    became 608.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
