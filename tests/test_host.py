@@ -38,7 +38,10 @@ def test_a_quota_bounds_them(machine, quota, cores):
 
 
 def test_freed_memory_is_kept():
-    """In a process of its own: a buffer that is freed and taken again meets no new page."""
+    """In a process of its own: a buffer that is taken and freed again and again comes to meet no new page.
+
+    Not at once: glibc before 2.38 passes over a hole that has the size but not the room to align it.
+    """
     program = """
 import resource, torch
 from gptdist.parallel.host import keep_freed_memory
@@ -48,11 +51,13 @@ if not keep_freed_memory():
 def touch():
     torch.ones(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
-first, second = touch(), touch()
-print(second - first)
+for _ in range(20):
+    first = touch()
+for _ in range(10):
+    last = touch()
+print(last - first)
 """
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     if "another" in said:
         pytest.skip("the C library is not glibc")
-    assert int(said) < 100  # of 16,384 pages
+    assert int(said) < 1000  # of 163,840 pages
