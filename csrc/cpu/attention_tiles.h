@@ -187,7 +187,7 @@ GPTDIST_INLINE Right<float> join_rows(const float* rows, int64_t, int64_t D, flo
 
 #if GPTDIST_ISA == 3
 GPTDIST_INLINE Words join(Halves even, Halves odd) {
-  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+  return widen(even) | widen(odd) << 16;
 }
 
 GPTDIST_INLINE Right<Pair> join_rows(const Pair* rows, int64_t count, int64_t D, Pair* to) {

@@ -33,15 +33,13 @@ GPTDIST_INLINE void segment_scores(const QueryRows<T>& queries, Span keys, float
   alignas(64) float q[kRows][kMaxHeadDim];
   for (int r = 0; r < kRows; ++r) copy_row(queries.at(r), D, q[r]);
   const Pages<T>& pages = queries.args.keys;
-  for_runs(pages, queries.b, queries.h, keys, [&](const T* rows, int64_t s, int64_t count) GPTDIST_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      Floats sums[kRows] = {};
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const Floats key = load(rows + i * pages.slot + d);
-        for (int r = 0; r < kRows; ++r) sums[r] += load(q[r] + d) * key;
-      }
-      for (int r = 0; r < kRows; ++r) scores[r][s - keys.begin + i] = sum(sums[r]);
+  for_rows(pages, queries.b, queries.h, keys, D, [&](const T* row, int64_t i) GPTDIST_LAMBDA {
+    Floats sums[kRows] = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const Floats key = load(row + d);
+      for (int r = 0; r < kRows; ++r) sums[r] += load(q[r] + d) * key;
     }
+    for (int r = 0; r < kRows; ++r) scores[r][i] = sum(sums[r]);
   });
 }
 
@@ -66,12 +64,10 @@ GPTDIST_INLINE void weighted_values(const QueryRows<T>& queries, Span keys, cons
                                     float* to, int64_t to_row) {
   Floats sums[kRows][kVectors] = {};
   const Pages<T>& pages = queries.args.values;
-  for_runs(pages, queries.b, queries.h, keys, [&](const T* rows, int64_t s, int64_t count) GPTDIST_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Floats value = load(rows + i * pages.slot + d + v * kLanes);
-        for (int r = 0; r < kRows; ++r) sums[r][v] += broadcast(scores[r][s - keys.begin + i]) * value;
-      }
+  for_rows(pages, queries.b, queries.h, keys, queries.args.shape.head_dim, [&](const T* row, int64_t i) GPTDIST_LAMBDA {
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = load(row + d + v * kLanes);
+      for (int r = 0; r < kRows; ++r) sums[r][v] += broadcast(scores[r][i]) * value;
     }
   });
   for (int r = 0; r < kRows; ++r) {
