@@ -9,8 +9,9 @@ using namespace cpu;
 
 constexpr Refusal kRefuse{"decode_attention"};
 
-// Queries of a kv head up to which the kernels that are bound by memory take them, four at a time. Beyond, packing tiles of
-// keys costs less than it saves (1024 positions of 12 heads of 64 in bf16, on a Zen 4: 16 queries 2.0 ms, as tiles 0.9).
+// Queries of a kv head up to which the kernels that are bound by memory take them, four at a time. Beyond, packing
+// tiles of keys costs less than it saves (1024 positions of 12 heads of 64 in bf16, on a Zen 4: 16 queries 2.0 ms, as
+// tiles 0.9).
 constexpr int64_t kFewQueries = 8;
 
 struct Decode {
@@ -23,7 +24,8 @@ int64_t length_of(const AttentionShape& shape, int64_t b) { return shape.lengths
 void check_pages(const AttentionShape& shape, const Tensor& cache, const int32_t* table, int64_t table_width) {
   const int64_t pages = cache.size(0), page = cache.size(1);
   for (int64_t b = 0; b < shape.batch; ++b) {
-    STD_TORCH_CHECK(shape.lengths[b] >= 0, "decode_attention: lengths[", b, "] is ", shape.lengths[b], ", expected 0 or more");
+    STD_TORCH_CHECK(shape.lengths[b] >= 0, "decode_attention: lengths[", b, "] is ", shape.lengths[b],
+                    ", expected 0 or more");
     const int64_t used = ceil_div(length_of(shape, b), page);
     STD_TORCH_CHECK(used <= table_width, "decode_attention: row ", b, " reaches ", length_of(shape, b),
                     " positions, its block table holds ", table_width * page);
@@ -41,14 +43,15 @@ AttentionShape shape_of(const Decode& in) {
                   ", expected (B, Tq, Hkv, G, D) with G >= 1");
   kRefuse.float_type(q, "q");
   kRefuse.head_dim(q, "q");
-  STD_TORCH_CHECK(cache.dim() == 4 && cache.size(1) >= 1, "decode_attention: k_cache has shape ", Refusal::shape_name(cache),
-                  ", expected (pages, page, Hkv, D) with page >= 1");
+  STD_TORCH_CHECK(cache.dim() == 4 && cache.size(1) >= 1, "decode_attention: k_cache has shape ",
+                  Refusal::shape_name(cache), ", expected (pages, page, Hkv, D) with page >= 1");
   for (const auto& [tensor, name] : {std::pair{&in.k_cache, "k_cache"}, std::pair{&in.v_cache, "v_cache"}}) {
     kRefuse.type(*tensor, name, q.scalar_type(), "one of q");
     kRefuse.shape(*tensor, name, {cache.size(0), cache.size(1), q.size(2), q.size(4)}, "(pages, page, Hkv, D)");
   }
-  STD_TORCH_CHECK(in.block_table.dim() == 2 && in.block_table.size(0) == q.size(0), "decode_attention: block_table has shape ",
-                  Refusal::shape_name(in.block_table), ", expected (B, P) with B=", q.size(0));
+  STD_TORCH_CHECK(in.block_table.dim() == 2 && in.block_table.size(0) == q.size(0),
+                  "decode_attention: block_table has shape ", Refusal::shape_name(in.block_table),
+                  ", expected (B, P) with B=", q.size(0));
   kRefuse.shape(in.lengths, "lengths", {q.size(0)}, "(B)");
   const int64_t* lengths = kRefuse.contiguous<const int64_t>(in.lengths, "lengths", ScalarType::Long, "int64");
   const AttentionShape shape{q.size(0), q.size(1), q.size(2), q.size(3), q.size(4), true, nullptr, {}, lengths};
@@ -59,8 +62,9 @@ AttentionShape shape_of(const Decode& in) {
 
 template <class T>
 Pages<T> pages(const Tensor& cache, const char* name, const Tensor& table) {
-  return {kRefuse.rows<const T>(cache, name), cache.stride(0), cache.stride(1), cache.stride(2), cache.size(1),
-          static_cast<const int32_t*>(table.data_ptr()), table.size(1)};
+  const T* data = kRefuse.rows<const T>(cache, name);
+  const int32_t* pages = static_cast<const int32_t*>(table.data_ptr());
+  return {data, cache.stride(0), cache.stride(1), cache.stride(2), cache.size(1), pages, table.size(1)};
 }
 
 template <class T>
@@ -97,7 +101,8 @@ void decode_few(const DecodeAttention<T>& args, int64_t threads, int64_t longest
 
 template <class T>
 void decode(const AttentionShape& shape, const Decode& in, const Tensor& out) {
-  const DecodeAttention<T> args{shape, kRefuse.heads<const T>(in.q, "q"), pages<T>(in.k_cache, "k_cache", in.block_table),
+  const DecodeAttention<T> args{shape, kRefuse.heads<const T>(in.q, "q"),
+                                pages<T>(in.k_cache, "k_cache", in.block_table),
                                 pages<T>(in.v_cache, "v_cache", in.block_table), kRefuse.heads<T>(out, "out")};
   int64_t keys = 0, longest = 0;
   for (int64_t b = 0; b < shape.batch; ++b) {
@@ -123,6 +128,4 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 }  // namespace
 }  // namespace gptdist
 
-STABLE_TORCH_LIBRARY_IMPL(gptdist_c, CPU, m) {
-  m.impl("decode_attention", TORCH_BOX(&gptdist::decode_attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(gptdist_c, CPU, m) { m.impl("decode_attention", TORCH_BOX(&gptdist::decode_attention)); }

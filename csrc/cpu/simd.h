@@ -98,7 +98,8 @@ GPTDIST_INLINE float largest(Floats x) {
 // 2^x for x < 128, to a relative error of 1.7e-7; exactly 1 at 0, 0 below -126.5, NaN for NaN.
 // x = n + r, |r| <= 1/2: a minimax polynomial in r, times the float whose exponent is n.
 GPTDIST_INLINE Floats exp2(Floats x) {
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits, 127 is the bias
+  // 1.5 * 2^23 leaves the nearest integer in the low bits; 127 is the bias of exponents.
+  constexpr float kRound = 12582912.0f + 127.0f;
   x = larger(broadcast(-127.0f), x);
   const Floats shifted = x + kRound;
   const Floats r = x - (shifted - kRound);
