@@ -99,8 +99,8 @@ struct ForwardTask {
   Span queries;  // begin: a multiple of kTileQueries
 };
 
-// One pass over tiles that writes dq of `queries` and dk, dv of `keys`, or one of them. Whichever is written needs all
-// of the other's positions that it meets.
+// One pass over tiles that writes dq of `queries` (from all keys that they see), dk and dv of `keys` (from all queries
+// that see them, which `queries` must hold), or all three.
 struct BackwardTask {
   int64_t b, h;
   Span queries, keys;  // begin: multiples of kTileQueries, kTileKeys

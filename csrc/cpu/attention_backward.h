@@ -168,8 +168,8 @@ GPTDIST_INLINE void backward_task(const AttentionBackward<T>& args, const Backwa
   const AttentionShape& shape = args.shape;
   const int64_t D = kHeadDim ? kHeadDim : shape.head_dim, G = shape.group, b = task.b, h = task.h;
   const int64_t first = task.queries.begin, count = task.queries.end - first, padded = round_up(count, kTileQueries);
-  const Span all_keys = keys_of(shape, b, task.queries);
-  const Span keys{most(task.keys.begin, all_keys.begin / kTileKeys * kTileKeys), least(task.keys.end, all_keys.end)};
+  const Span seen_keys = keys_of(shape, b, task.queries);
+  const Span keys = task.write_dkv ? task.keys : Span{seen_keys.begin / kTileKeys * kTileKeys, seen_keys.end};
   Cutter cut(memory);
   const BackwardScratch<Unit> scratch(cut, G, task.write_dq ? count : 0, D);
   if (task.write_dq) std::memset(scratch.dq, 0, G * padded * D * sizeof(float));
