@@ -45,7 +45,13 @@ AttentionShape shape_of(const Tensor& qkv, bool causal, const std::optional<Tens
   kRefuse.float_type(qkv, "qkv");
   kRefuse.head_dim(qkv, "qkv");
   STD_TORCH_CHECK(qkv.size(1) <= INT_MAX, "attention: qkv has T=", qkv.size(1), ", expected at most ", INT_MAX);
-  AttentionShape shape{qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) - 2, qkv.size(4), causal, nullptr, {}, nullptr};
+  AttentionShape shape{};
+  shape.batch = qkv.size(0);
+  shape.positions = qkv.size(1);
+  shape.kv_heads = qkv.size(2);
+  shape.group = qkv.size(3) - 2;
+  shape.head_dim = qkv.size(4);
+  shape.causal = causal;
   if (doc_start) {
     STD_TORCH_CHECK(causal, "attention: doc_start is given, but causal is false");
     kRefuse.shape(*doc_start, "doc_start", {shape.batch, shape.positions}, "(B, T)");
@@ -78,12 +84,13 @@ void forward(const AttentionForward<T>& args) {
 
 template <class T>
 void forward_of(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
-  forward<T>({shape, kRefuse.heads<const T>(qkv, "qkv"), kRefuse.heads<T>(out, "out"), static_cast<float*>(lse.data_ptr())});
+  forward<T>(
+      {shape, kRefuse.heads<const T>(qkv, "qkv"), kRefuse.heads<T>(out, "out"), static_cast<float*>(lse.data_ptr())});
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start, double p,
-                                         const std::optional<Tensor>& key, const std::optional<Tensor>& sample_ids,
-                                         int64_t site, int64_t head_offset) {
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, bool causal, const std::optional<Tensor>& doc_start,
+                                         double p, const std::optional<Tensor>& key,
+                                         const std::optional<Tensor>& sample_ids, int64_t site, int64_t head_offset) {
   const AttentionShape shape = shape_of(qkv, causal, doc_start, {p, key, sample_ids, site, head_offset});
   const int64_t B = shape.batch, T = shape.positions, H = shape.kv_heads, G = shape.group;
   Tensor out = torch::stable::new_empty(qkv, {B, T, H, G, shape.head_dim});
@@ -141,10 +148,11 @@ void backward(const AttentionBackward<T>& args) {
 }
 
 template <class T>
-void backward_of(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                 const Tensor& delta, const Tensor& dqkv) {
-  backward<T>({shape, kRefuse.heads<const T>(dout, "dout"), kRefuse.heads<const T>(qkv, "qkv"), kRefuse.heads<const T>(out, "out"),
-               static_cast<const float*>(lse.data_ptr()), static_cast<float*>(delta.data_ptr()), kRefuse.heads<T>(dqkv, "dqkv")});
+void backward_of(const AttentionShape& shape, const Tensor& dout, const Tensor& qkv, const Tensor& out,
+                 const Tensor& lse, const Tensor& delta, const Tensor& dqkv) {
+  backward<T>({shape, kRefuse.heads<const T>(dout, "dout"), kRefuse.heads<const T>(qkv, "qkv"),
+               kRefuse.heads<const T>(out, "out"), static_cast<const float*>(lse.data_ptr()),
+               static_cast<float*>(delta.data_ptr()), kRefuse.heads<T>(dqkv, "dqkv")});
 }
 
 Tensor attention_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, bool causal,

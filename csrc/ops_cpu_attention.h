@@ -93,8 +93,8 @@ inline int64_t threads_for(double products) {
   return std::clamp(int64_t(products / kProductsPerThread), int64_t(1), int64_t(torch::stable::get_num_threads()));
 }
 
-// Calls run(i) for every task. Threads take the next one when they are done, so the longest should come first; each task
-// owns what it writes.
+// Calls run(i) for every task. Threads take the next one when they are done, so the longest should come first; each
+// task owns what it writes.
 template <class Run>
 void run_tasks(int64_t tasks, int64_t threads, const Run& run) {
   std::atomic<int64_t> next{0};
@@ -116,8 +116,8 @@ struct Spans {
   }
 };
 
-// Positions of a task of the forward: 256, for which a tile of keys is packed once; fewer where threads would idle. Its
-// bits do not depend on it.
+// Positions of a task of the forward: 256, for which a tile of keys is packed once; fewer where threads would idle.
+// Its bits do not depend on it.
 inline Spans forward_spans(const cpu::AttentionShape& shape, int64_t threads) {
   const int64_t pairs = shape.batch * shape.kv_heads;
   int64_t length = 4 * cpu::kTileQueries;

@@ -1,6 +1,6 @@
 // Runs the CPU kernels over shapes with ragged ends, on every instruction set of this processor, on buffers of exactly
-// the size that each kernel may touch. Compiled with -fsanitize=address,undefined (tests/test_cpu_sanitize.py), which reports
-// what goes wrong; this program itself only fails where a result is not finite.
+// the size that each kernel may touch. Compiled with -fsanitize=address,undefined (tests/test_cpu_sanitize.py), which
+// reports what goes wrong; this program itself only fails where a result is not finite.
 
 #include <cmath>
 #include <cstdio>
@@ -31,7 +31,8 @@ std::vector<T> numbers(int64_t count) {
   for (T& x : found) {
     state = state * 1664525u + 1013904223u;
     const float number = float(int32_t(state)) / 2147483648.0f;
-    std::memcpy(&x, reinterpret_cast<const char*>(&number) + sizeof number - sizeof x, sizeof x);  // bf16: its upper half
+    std::memcpy(&x, reinterpret_cast<const char*>(&number) + sizeof number - sizeof x,
+                sizeof x);  // bf16: its upper half
   }
   return found;
 }
@@ -72,9 +73,14 @@ void attention(const Case& c, Isa isa) {
   const auto qkv = numbers<T>(B * T_ * H * (G + 2) * D), dout = numbers<T>(B * T_ * H * G * D);
   std::vector<T> out(dout.size()), dqkv(qkv.size());
   std::vector<float> lse(B * H * G * T_), delta(lse.size());
-  const AttentionForward<T> forward{shape, packed(qkv.data(), T_, H, G + 2, D), packed(out.data(), T_, H, G, D), lse.data()};
-  const AttentionBackward<T> backward{shape, packed(dout.data(), T_, H, G, D), forward.qkv,
-                                      packed<const T>(out.data(), T_, H, G, D), lse.data(), delta.data(),
+  const AttentionForward<T> forward{shape, packed(qkv.data(), T_, H, G + 2, D), packed(out.data(), T_, H, G, D),
+                                    lse.data()};
+  const AttentionBackward<T> backward{shape,
+                                      packed(dout.data(), T_, H, G, D),
+                                      forward.qkv,
+                                      packed<const T>(out.data(), T_, H, G, D),
+                                      lse.data(),
+                                      delta.data(),
                                       packed(dqkv.data(), T_, H, G + 2, D)};
   const auto each_span = [&](int64_t length, const auto& use) {
     for (int64_t b = 0; b < B; ++b) {
@@ -150,8 +156,12 @@ void bias_gelu(int64_t rows, int64_t channels, Isa isa) {
 
 template <class T>
 void all(Isa isa) {
-  for (const Case& c : {Case{1, 1, 16, true, false, false}, {7, 2, 48, true, true, true}, {64, 1, 64, true, false, true},
-                        {131, 2, 80, true, true, false}, {200, 1, 128, true, false, false}, {70, 3, 256, false, false, true},
+  for (const Case& c : {Case{1, 1, 16, true, false, false},
+                        {7, 2, 48, true, true, true},
+                        {64, 1, 64, true, false, true},
+                        {131, 2, 80, true, true, false},
+                        {200, 1, 128, true, false, false},
+                        {70, 3, 256, false, false, true},
                         {131, 1, 64, false, false, false}}) {
     attention<T>(c, isa);
   }

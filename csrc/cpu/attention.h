@@ -8,7 +8,7 @@
 
 namespace gptdist::cpu {
 
-// Keys of a tile, and queries of a tile of the backward. The grid of tiles starts at position 0, whoever computes them.
+// Keys of a tile, and queries of a tile of the backward. The grid of tiles starts at position 0 whoever computes.
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kTileQueries = 64;
 
@@ -25,7 +25,7 @@ struct Heads {
   }
 };
 
-// Which probabilities are dropped: a function of their place (gptdist/ops/random.py). No dropout where sample_ids is null.
+// Which probabilities are dropped: a function of their place (gptdist/ops/random.py). Without sample_ids, none.
 struct AttentionDropout {
   const int64_t* sample_ids;  // [B]
   uint64_t key;
@@ -83,10 +83,10 @@ struct DecodeAttention {
   Heads<T> out;  // overwritten
 };
 
-// Keys of a task of decode_part, whatever the number of threads: so many rows of K and V stay in the second-level cache.
+// Keys of a task of decode_part, whatever the number of threads. So many rows of K and V stay in a second-level cache.
 constexpr int64_t kSegmentKeys = 256;
 
-// Floats of a query's part of a sum over a segment of keys: D weighted sums of values, then the maximum and the denominator.
+// Floats of a query's part of a sum over a segment of keys: D sums of values, then the maximum and the denominator.
 inline int64_t part_floats(int64_t head_dim) { return head_dim + 2; }
 
 // Positions [begin, end) of a kv head of a row of the batch.
@@ -99,8 +99,8 @@ struct ForwardTask {
   Span queries;  // begin: a multiple of kTileQueries
 };
 
-// One pass over tiles that writes dq of `queries` and dk, dv of `keys`, or one of them. Whichever is written needs all of
-// the other's positions that it meets.
+// One pass over tiles that writes dq of `queries` (from all keys that they see), dk and dv of `keys` (from all queries
+// that see them, which `queries` must hold), or all three.
 struct BackwardTask {
   int64_t b, h;
   Span queries, keys;  // begin: multiples of kTileQueries, kTileKeys
@@ -114,11 +114,12 @@ struct AttentionKernels {
   void (*delta)(const AttentionBackward<T>& args, int64_t b, int64_t h, Span queries);
   void (*backward)(const AttentionBackward<T>& args, const BackwardTask& task, std::byte* scratch);
 
-  // decode_attention: as the forward; or, for few queries, parts [Tq * G][part_floats] of one segment of the keys, and the
-  // sum of `count` of them that are `stride` floats apart.
+  // decode_attention: as the forward; or, for few queries, parts [Tq * G][part_floats] of one segment of the keys, and
+  // the sum of `count` of them that are `stride` floats apart.
   void (*decode)(const DecodeAttention<T>& args, const ForwardTask& task, std::byte* scratch);
   void (*decode_part)(const DecodeAttention<T>& args, int64_t b, int64_t h, Span keys, float* parts);
-  void (*decode_sum)(const DecodeAttention<T>& args, int64_t b, int64_t h, const float* parts, int64_t count, int64_t stride);
+  void (*decode_sum)(const DecodeAttention<T>& args, int64_t b, int64_t h, const float* parts, int64_t count,
+                     int64_t stride);
 
   // Bytes of scratch memory, from a multiple of 64, for a task of that many queries' positions (backward: 0 if no dq).
   size_t (*forward_scratch)(const AttentionShape& shape, int64_t queries);

@@ -9,7 +9,9 @@
 #include "attention.h"
 
 #ifdef GPTDIST_X86
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (its bug 105593)
+#endif
 #include <immintrin.h>
 
 #ifdef __clang__

@@ -3,12 +3,12 @@
 //   P = 2^(x - log2(e) L)        x: attention_forward.h; Z: dropout's factor
 //   dv = (P Z)^T do,  dS = P (do v^T Z - delta),  delta = rowsum(do out),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 //
-// Launch: a task is a kv head, some positions' queries of all its group, and some keys. For each tile of 64 keys, which
-// it packs once, it takes each tile of 64 queries: strip by strip x, do v^T, P Z and dS, then the three products of the
-// tile. dk and dv of the keys are summed over queries, dq of the queries over keys, always in ascending tiles, in fp32. A
-// task that has all queries and all keys writes all three. Where those are too few tasks for the threads, some write dq
-// of some queries and others dk and dv of a tile of keys, for which S and dP are computed twice: every sum has the same
-// terms in the same order, so the bits are the same.
+// Launch: a task is a kv head, some positions' queries of all its group, and some keys. For each tile of 64 keys,
+// which it packs once, it takes each tile of 64 queries: strip by strip x, do v^T, P Z and dS, then the three products
+// of the tile. dk and dv of the keys are summed over queries, dq of the queries over keys, always in ascending tiles,
+// in fp32. A task that has all queries and all keys writes all three. Where those are too few tasks for the threads,
+// some write dq of some queries and others dk and dv of a tile of keys, for which S and dP are computed twice: every
+// sum has the same terms in the same order, so the bits are the same.
 //
 // Memory: a task reads k and v once, and q, do, L and delta once for each tile of keys; writes dq, dk and dv.
 
@@ -26,12 +26,13 @@ struct BackwardScratch {
   BackwardScratch(Cutter& cut, int64_t group, int64_t positions, int64_t D) {
     static_assert(kTileKeys == kTileQueries);
     const int64_t tile = kTileKeys * row_units<Unit>(D), joined = kTileKeys * D / kStepElements<Unit>;
-    for (Unit** rows : {&keys, &keys_transposed, &values, &values_transposed, &queries, &dout}) *rows = cut.take<Unit>(tile);
-    for (Unit** rows : {&keys_joined, &queries_joined, &dout_joined}) *rows = cut.take<Unit>(joined);
-    for (Unit** scores : {&probabilities, &dscores, &dscores_rows}) *scores = cut.take<Unit>(kTileQueries * kTileKeys);
-    for (float** strip : {&scores, &dprobabilities}) *strip = cut.take<float>(kStripRows * kTileKeys);
-    for (float** sums : {&dk, &dv}) *sums = cut.take<float>(kTileKeys * D);
-    for (float** rows : {&lse, &delta}) *rows = cut.take<float>(kTileQueries);
+    for (auto* rows : {&keys, &keys_transposed, &values, &values_transposed}) *rows = cut.take<Unit>(tile);
+    for (auto* rows : {&queries, &dout}) *rows = cut.take<Unit>(tile);
+    for (auto* rows : {&keys_joined, &queries_joined, &dout_joined}) *rows = cut.take<Unit>(joined);
+    for (auto* all : {&probabilities, &dscores, &dscores_rows}) *all = cut.take<Unit>(kTileQueries * kTileKeys);
+    for (auto* strip : {&scores, &dprobabilities}) *strip = cut.take<float>(kStripRows * kTileKeys);
+    for (auto* sums : {&dk, &dv}) *sums = cut.take<float>(kTileKeys * D);
+    for (auto* statistics : {&lse, &delta}) *statistics = cut.take<float>(kTileQueries);
     dq = cut.take<float>(group * round_up(positions, kTileQueries) * D);
   }
 };
@@ -86,12 +87,14 @@ GPTDIST_INLINE void gradient_rows(int64_t r, int64_t row, int64_t columns, float
 template <class Unit>
 GPTDIST_INLINE void gradient_strip(int64_t row, int64_t D, float scale, const StripMask& mask, const float* kept,
                                    const BackwardScratch<Unit>& scratch) {
-  const int64_t columns = round_up(mask.columns, kColumnStep), units = row_units<Unit>(D), steps = D / kStepElements<Unit>;
+  const int64_t columns = round_up(mask.columns, kColumnStep);
+  const int64_t units = row_units<Unit>(D), steps = D / kStepElements<Unit>;
   strip_product<Start::kZero>(Left<Unit>{scratch.queries + row * units, units, 1},
-                              Right<Unit>{scratch.keys_transposed, kTileKeys}, steps, scratch.scores, kTileKeys, columns);
-  strip_product<Start::kZero>(Left<Unit>{scratch.dout + row * units, units, 1},
-                              Right<Unit>{scratch.values_transposed, kTileKeys}, steps, scratch.dprobabilities, kTileKeys,
+                              Right<Unit>{scratch.keys_transposed, kTileKeys}, steps, scratch.scores, kTileKeys,
                               columns);
+  strip_product<Start::kZero>(Left<Unit>{scratch.dout + row * units, units, 1},
+                              Right<Unit>{scratch.values_transposed, kTileKeys}, steps, scratch.dprobabilities,
+                              kTileKeys, columns);
   const auto rows = [&](auto masked, auto drop) GPTDIST_LAMBDA {
     for (int64_t r = 0; r < kStripRows; r += 2) {
       gradient_rows<masked.value, drop.value>(r, row + r, columns, scale, mask, kept, scratch);
@@ -165,8 +168,8 @@ GPTDIST_INLINE void backward_task(const AttentionBackward<T>& args, const Backwa
   const AttentionShape& shape = args.shape;
   const int64_t D = kHeadDim ? kHeadDim : shape.head_dim, G = shape.group, b = task.b, h = task.h;
   const int64_t first = task.queries.begin, count = task.queries.end - first, padded = round_up(count, kTileQueries);
-  const Span all_keys = keys_of(shape, b, task.queries);
-  const Span keys{most(task.keys.begin, all_keys.begin / kTileKeys * kTileKeys), least(task.keys.end, all_keys.end)};
+  const Span seen_keys = keys_of(shape, b, task.queries);
+  const Span keys = task.write_dkv ? task.keys : Span{seen_keys.begin / kTileKeys * kTileKeys, seen_keys.end};
   Cutter cut(memory);
   const BackwardScratch<Unit> scratch(cut, G, task.write_dq ? count : 0, D);
   if (task.write_dq) std::memset(scratch.dq, 0, G * padded * D * sizeof(float));
@@ -194,7 +197,8 @@ GPTDIST_INLINE void backward_task(const AttentionBackward<T>& args, const Backwa
     }
   }
   for (int64_t g = 0; task.write_dq && g < G; ++g) {
-    write_rows(scratch.dq + g * padded * D, softmax_scale(D), count, D, args.dqkv.at(b, first, h, g), args.dqkv.position);
+    write_rows(scratch.dq + g * padded * D, softmax_scale(D), count, D, args.dqkv.at(b, first, h, g),
+               args.dqkv.position);
   }
 }
 

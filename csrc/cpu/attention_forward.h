@@ -1,13 +1,14 @@
 // The forward of attention on a CPU. Included by attention_*.cpp after attention_tiles.h.
 //
-//   x = log2(e) q k^T / sqrt(D),  m = max_s x,  l = sum_s 2^(x - m),  out = (sum_s 2^(x - m) Z v) / l,  L = ln2 m + ln l
+//   x = log2(e) q k^T / sqrt(D),  m = max_s x,  l = sum_s 2^(x - m)
+//   out = (sum_s 2^(x - m) Z v) / l,  L = ln2 m + ln l
 //
-// m, l and out are running sums (Milakov and Gimelshein 2018; Dao et al. 2022): each tile of keys raises m and scales what
-// was summed before by 2^(old m - new m). Z is dropout's factor.
+// m, l and out are running sums (Milakov and Gimelshein 2018; Dao et al. 2022): each tile of keys raises m and scales
+// what was summed before by 2^(old m - new m). Z is dropout's factor.
 //
-// Launch: a task is a kv head and some positions, with all queries of its group. It packs each tile of 64 keys once, and
-// takes every strip of queries over it: scores, softmax and second product of a strip stay in the first-level cache. A
-// row's bits depend on the grid of tiles alone, not on which positions share a task.
+// Launch: a task is a kv head and some positions, with all queries of its group. It packs each tile of 64 keys once,
+// and takes every strip of queries over it: scores, softmax and second product of a strip stay in the first-level
+// cache. A row's bits depend on the grid of tiles alone, not on which positions share a task.
 //
 // Memory: reads q once, k and v once a task, writes out and L.
 
@@ -42,10 +43,10 @@ struct ForwardScratch {
 // A strip of queries: what it is and its running state.
 template <class Unit>
 struct Strip {
-  const Unit* queries;   // [kStripRows][row_units]
-  float* sums;           // [kStripRows][D]
-  float* maxima;         // [kStripRows]
-  float* denominators;   // [kStripRows][kLanes]: partial sums
+  const Unit* queries;  // [kStripRows][row_units]
+  float* sums;          // [kStripRows][D]
+  float* maxima;        // [kStripRows]
+  float* denominators;  // [kStripRows][kLanes]: partial sums
 };
 
 // factors[r] = 2^(old maximum - new maximum); the new maxima are kept.
@@ -63,8 +64,8 @@ GPTDIST_INLINE void raise_maxima(const float* tops, float* maxima, float* factor
 
 // Scores of a strip to probabilities, and the factors of what was summed before.
 template <bool kMasked, bool kDrop, class Unit>
-GPTDIST_INLINE void softmax_strip(float* scores, int64_t columns, float scale, const StripMask& mask, const float* kept,
-                                  const Strip<Unit>& strip, Unit* probabilities, float* factors) {
+GPTDIST_INLINE void softmax_strip(float* scores, int64_t columns, float scale, const StripMask& mask,
+                                  const float* kept, const Strip<Unit>& strip, Unit* probabilities, float* factors) {
   float tops[kStripRows];
   for (int r = 0; r < kStripRows; ++r) {
     float* row = scores + r * kTileKeys;
@@ -97,15 +98,17 @@ GPTDIST_INLINE void softmax_strip(float* scores, int64_t columns, float scale, c
 
 // A strip against a packed tile of keys.
 template <class Unit>
-GPTDIST_INLINE void forward_strip(const Strip<Unit>& strip, Right<Unit> keys, Right<Unit> values, int64_t D, float scale,
-                                  const StripMask& mask, const float* kept, const ForwardScratch<Unit>& scratch) {
+GPTDIST_INLINE void forward_strip(const Strip<Unit>& strip, Right<Unit> keys, Right<Unit> values, int64_t D,
+                                  float scale, const StripMask& mask, const float* kept,
+                                  const ForwardScratch<Unit>& scratch) {
   constexpr int64_t kRow = kTileKeys / kStepElements<Unit>;
   const int64_t columns = round_up(mask.columns, kColumnStep);
   strip_product<Start::kZero>(Left<Unit>{strip.queries, row_units<Unit>(D), 1}, keys, D / kStepElements<Unit>,
                               scratch.scores, kTileKeys, columns);
   float factors[kStripRows];
   const auto softmax = [&](auto masked, auto drop) GPTDIST_LAMBDA {
-    softmax_strip<masked.value, drop.value>(scratch.scores, columns, scale, mask, kept, strip, scratch.probabilities, factors);
+    softmax_strip<masked.value, drop.value>(scratch.scores, columns, scale, mask, kept, strip, scratch.probabilities,
+                                            factors);
   };
   if (kept) {
     mask.all ? softmax(std::false_type{}, std::true_type{}) : softmax(std::true_type{}, std::true_type{});
@@ -117,8 +120,9 @@ GPTDIST_INLINE void forward_strip(const Strip<Unit>& strip, Right<Unit> keys, Ri
 }
 
 template <class T>
-GPTDIST_INLINE void write_strip(const Heads<T>& out, int64_t b, int64_t t, int64_t h, int64_t g, int64_t count, int64_t D,
-                                const float* sums, const float* maxima, const float* denominators, float* lse) {
+GPTDIST_INLINE void write_strip(const Heads<T>& out, int64_t b, int64_t t, int64_t h, int64_t g, int64_t count,
+                                int64_t D, const float* sums, const float* maxima, const float* denominators,
+                                float* lse) {
   for (int64_t r = 0; r < count; ++r) {
     const float denominator = sum(load(denominators + r * kLanes));
     const float inverse = 1.0f / denominator;

@@ -1,8 +1,8 @@
 // Tiles of attention on a CPU: packing, products, masks. Included by attention_*.cpp after simd.h.
 //
 // A product C[M x N] (+)= A[M x K] B[K x N] walks K in steps. A step holds one fp32 element, or a pair of bf16 that
-// dpbf16 multiplies and adds in fp32; either is a unit of 32 bits. A unit of A is broadcast, a vector of B's units (one
-// for each column) is loaded, and C's strip of kStripRows x kPanel vectors stays in registers.
+// dpbf16 multiplies and adds in fp32; either is a unit of 32 bits. A unit of A is broadcast, a vector of B's units
+// (one for each column) is loaded, and C's strip of kStripRows x kPanel vectors stays in registers.
 //
 //     float   a[m][k]                  b[k][n]
 //     Pair    a[m][2k], a[m][2k + 1]   b[2k][n], b[2k + 1][n]
@@ -27,7 +27,9 @@ struct Pair {  // two bf16, the even one in the low bits
 template <class Unit>
 constexpr int64_t kStepElements = std::is_same_v<Unit, Pair> ? 2 : 1;
 
-GPTDIST_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+GPTDIST_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 GPTDIST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 GPTDIST_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -46,7 +48,9 @@ GPTDIST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b 
 #if GPTDIST_ISA == 3
 GPTDIST_INLINE __m512bh load_units(const Pair* from) { return __m512bh(load_as<Words>(from)); }
 GPTDIST_INLINE __m512bh broadcast_unit(Pair unit) { return __m512bh(Words{} + unit.bits); }
-GPTDIST_INLINE Floats multiply_add(__m512bh a, __m512bh b, Floats c) { return Floats(_mm512_dpbf16_ps(__m512(c), a, b)); }
+GPTDIST_INLINE Floats multiply_add(__m512bh a, __m512bh b, Floats c) {
+  return Floats(_mm512_dpbf16_ps(__m512(c), a, b));
+}
 #endif
 
 // A left operand: unit (row, step) lies at data[row * row_stride + step * step_stride].
@@ -138,7 +142,8 @@ GPTDIST_INLINE void transpose_square(const void* from, int64_t from_stride, void
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
   for (int c = 0; c < 4; ++c) {  // then the blocks themselves
-    const __m512i even_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+    const __m512i even_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
     const __m512i even_high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
     _mm512_storeu_si512(out + c * to_stride, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
@@ -183,12 +188,12 @@ GPTDIST_INLINE void transpose_rows(const Unit* rows, int64_t D, Unit* to) {
 }
 
 // Packed rows as a right operand, steps over rows: themselves, or neighbours joined, [count / 2][D].
-GPTDIST_INLINE Right<float> join_rows(const float* rows, int64_t, int64_t D, float*) { return {rows, row_units<float>(D)}; }
+GPTDIST_INLINE Right<float> join_rows(const float* rows, int64_t, int64_t D, float*) {
+  return {rows, row_units<float>(D)};
+}
 
 #if GPTDIST_ISA == 3
-GPTDIST_INLINE Words join(Halves even, Halves odd) {
-  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
-}
+GPTDIST_INLINE Words join(Halves even, Halves odd) { return widen(even) | widen(odd) << 16; }
 
 GPTDIST_INLINE Right<Pair> join_rows(const Pair* rows, int64_t count, int64_t D, Pair* to) {
   const int64_t units = row_units<Pair>(D);
@@ -247,8 +252,8 @@ GPTDIST_INLINE Span keys_of(const AttentionShape& shape, int64_t b, Span queries
 
 // What the rows of a strip see of a tile of keys.
 struct StripMask {
-  bool any, all;        // any of the keys is seen by any row; all by all rows
-  int64_t columns;      // keys up to the last one seen by any row
+  bool any, all;          // any of the keys is seen by any row; all by all rows
+  int64_t columns;        // keys up to the last one seen by any row
   Seen rows[kStripRows];  // set unless `all`; rows from `count` on are padding and see what the last one does
 
   GPTDIST_INLINE StripMask(const AttentionShape& shape, int64_t b, int64_t t, int64_t count, int64_t first_key) {
@@ -267,11 +272,11 @@ struct StripMask {
 // x, or -inf where the key is hidden. column: of the vector's first lane.
 GPTDIST_INLINE Floats hide(Floats x, Seen seen, int64_t column) {
   const Ints key = lane_numbers() + int32_t(column);
-  return (key >= seen.begin) & (key < seen.end) ? x : broadcast(-std::numeric_limits<float>::infinity());
+  return ((key >= seen.begin) & (key < seen.end)) ? x : broadcast(-std::numeric_limits<float>::infinity());
 }
 
-// Dropout's factors of a query and the kTileKeys keys from first_key: 0, or `factor` where kept. Philox4x32-7 serves four
-// keys with a call; the calls are the lanes of the loops.
+// Dropout's factors of a query and the kTileKeys keys from first_key: 0, or `factor` where kept. Philox4x32-7 serves
+// four keys with a call; the calls are the lanes of the loops.
 struct DropoutRow {
   uint32_t key0, key1, sample, site_and_head, threshold;
   float factor;

@@ -1,12 +1,12 @@
 // decode_attention on a CPU. Included by attention_*.cpp after attention_forward.h, whose mathematics it shares.
 //
-// Many queries (a prompt) are the forward's tasks over tiles of keys gathered from the pages. Few queries of a kv head are
-// bound by the memory that k and v are read from: they are taken 4, 2 or 1 at a time over a segment of kSegmentKeys keys,
+// Many queries (a prompt) are the forward's tasks over tiles of keys gathered from the pages. Few queries of a kv head
+// are bound by the memory that k and v are read from: 4, 2 or 1 at a time are taken over kSegmentKeys keys,
 //
 //   x[r, s] = q[r] . k[s],   P = 2^(x - m),   part[r] = { sum_s P[r, s] v[s], m, sum_s P[r, s] }
 //
-// where the first of them brings the segment into the second-level cache. A second pass adds a query's parts, in ascending
-// order: bits do not depend on the number of threads.
+// where the first of them brings the segment into the second-level cache. A second pass adds a query's parts, in
+// ascending order: bits do not depend on the number of threads.
 //
 // Memory: reads k and v of the context once, and 4 (D + 2) bytes a query and segment written and read back.
 
@@ -33,15 +33,13 @@ GPTDIST_INLINE void segment_scores(const QueryRows<T>& queries, Span keys, float
   alignas(64) float q[kRows][kMaxHeadDim];
   for (int r = 0; r < kRows; ++r) copy_row(queries.at(r), D, q[r]);
   const Pages<T>& pages = queries.args.keys;
-  for_runs(pages, queries.b, queries.h, keys, [&](const T* rows, int64_t s, int64_t count) GPTDIST_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      Floats sums[kRows] = {};
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const Floats key = load(rows + i * pages.slot + d);
-        for (int r = 0; r < kRows; ++r) sums[r] += load(q[r] + d) * key;
-      }
-      for (int r = 0; r < kRows; ++r) scores[r][s - keys.begin + i] = sum(sums[r]);
+  for_rows(pages, queries.b, queries.h, keys, D, [&](const T* row, int64_t i) GPTDIST_LAMBDA {
+    Floats sums[kRows] = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const Floats key = load(row + d);
+      for (int r = 0; r < kRows; ++r) sums[r] += load(q[r] + d) * key;
     }
+    for (int r = 0; r < kRows; ++r) scores[r][i] = sum(sums[r]);
   });
 }
 
@@ -62,18 +60,17 @@ GPTDIST_INLINE float segment_softmax(float* scores, int64_t count, int64_t seen,
 
 // to[r][d] = sum_s P[r, s] v[s][d] for kVectors vectors of d
 template <int kRows, int kVectors, class T>
-GPTDIST_INLINE void weighted_values(const QueryRows<T>& queries, Span keys, const float (*scores)[kSegmentKeys], int64_t d,
-                                    float* to, int64_t to_row) {
+GPTDIST_INLINE void weighted_values(const QueryRows<T>& queries, Span keys, const float (*scores)[kSegmentKeys],
+                                    int64_t d, float* to, int64_t to_row) {
   Floats sums[kRows][kVectors] = {};
   const Pages<T>& pages = queries.args.values;
-  for_runs(pages, queries.b, queries.h, keys, [&](const T* rows, int64_t s, int64_t count) GPTDIST_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Floats value = load(rows + i * pages.slot + d + v * kLanes);
-        for (int r = 0; r < kRows; ++r) sums[r][v] += broadcast(scores[r][s - keys.begin + i]) * value;
-      }
-    }
-  });
+  for_rows(pages, queries.b, queries.h, keys, queries.args.shape.head_dim,
+           [&](const T* row, int64_t i) GPTDIST_LAMBDA {
+             for (int v = 0; v < kVectors; ++v) {
+               const Floats value = load(row + d + v * kLanes);
+               for (int r = 0; r < kRows; ++r) sums[r][v] += broadcast(scores[r][i]) * value;
+             }
+           });
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) store(to + r * to_row + d + v * kLanes, sums[r][v]);
   }
