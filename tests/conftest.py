@@ -21,10 +21,11 @@ def _few_threads():
 
 
 @pytest.fixture(autouse=True)
-def _denormals():
-    """A test that trains in this process leaves them flushed (parallel/host.py)."""
+def _process_settings():
+    """A test that trains in this process leaves denormals flushed, and fp32 products to oneDNN (parallel/host.py)."""
     yield
     torch.set_flush_denormal(False)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gptdist.parallel import host
 from tests.conftest import ROOT
@@ -61,3 +62,24 @@ print(last - first)
     if "another" in said:
         pytest.skip("the C library is not glibc")
     assert int(said) < 1000  # of 163,840 pages
+
+
+def test_fp32_products_stay_fp32():
+    if not host.use_onednn_for_fp32():
+        pytest.skip("oneDNN is absent, or would compute in bf16 on this processor")
+    x, w = torch.randn(64, 768), torch.randn(1024, 768)
+    error = (x @ w.t() - (x.double() @ w.t().double())).abs().max()
+    assert error < 1e-3  # bf16: about 0.5
+
+
+def test_products_that_would_not_stay_with_mkl(monkeypatch):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(host, "_products_keep_fp32", lambda: False)
+    assert not host.use_onednn_for_fp32()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_bf16_products_are_seen():
+    assert host._products_keep_fp32()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not host._products_keep_fp32()

@@ -31,7 +31,7 @@ CPU_BUFFER_BYTES = 1 << 27
 LEAST_ROWS = 64  # fewer would make the GEMM read W for too little work
 # For the CUDA kernels slices of (N,) start at multiples of 16 bytes; rows of the buffer start at multiples of a CPU's
 # cache line (in 16 bits), which the kernels and GEMMs of both devices like.
-CUDA_ROWS, BUFFER_COLUMNS = 64, 32
+CUDA_ROWS, BUFFER_COLUMNS, CPU_COLUMNS = 64, 32, 64
 
 
 def _chunks(rows: int, width: int) -> list[slice]:
@@ -202,8 +202,20 @@ class _WeightGradient:
         else:
             if self.chunks > 0:
                 _scaled_sum_(self.total, self.product, None if self.chunks == 1 else self.total, 1.0)
-            torch.mm(dlogits.t(), h, out=product)
+            _transposed_product(dlogits, h, product)
         self.chunks += 1
+
+
+def _transposed_product(dlogits, h, out):
+    """out = dlogits^T h. In 16 bits a CPU takes the columns of dlogits (n, V) in two parts, of which the first is even:
+    as one product GPT-2's 50,257 columns take a fifth longer than 50,240 and 17 (1024 rows: 232 ms for 193).
+    """
+    first = dlogits.shape[1] // CPU_COLUMNS * CPU_COLUMNS
+    if dlogits.device.type != "cpu" or dlogits.dtype.itemsize > 2 or first in (0, dlogits.shape[1]):
+        torch.mm(dlogits.t(), h, out=out)
+    else:
+        torch.mm(dlogits[:, :first].t(), h, out=out[:first])
+        torch.mm(dlogits[:, first:].t(), h, out=out[first:])
 
 
 def _empty_total(weight, dtype, several_chunks):
