@@ -1,6 +1,7 @@
 """The command line: `gptdist COMMAND ...`, or `python -m gptdist COMMAND ...` for launchers."""
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -505,9 +506,16 @@ def run_config(args: argparse.Namespace, overrides: list[str]) -> int:
     from gptdist import config
 
     if args.deepspeed:
-        from gptdist.parallel.deepspeed_config import resolved_deepspeed_config
+        import torch
 
-        print(json.dumps(resolved_deepspeed_config(config.load(args.config, overrides), args.processes), indent=2))
+        from gptdist.parallel.deepspeed_config import resolved_deepspeed_config
+        from gptdist.parallel.host import has_bf16
+
+        found = config.load(args.config, overrides)
+        on_gpu = found.parallel.device != "cpu" and torch.cuda.is_available()
+        train = found.train.resolved(has_bf16(torch.device("cuda" if on_gpu else "cpu")))
+        found = dataclasses.replace(found, train=train)
+        print(json.dumps(resolved_deepspeed_config(found, args.processes), indent=2))
     elif args.config is None and not overrides:
         print(config.show(), end="")
     else:

@@ -120,8 +120,9 @@ class TrainConfig:
                                           "model.context")
     batch: int = _option(8, "fine-tuning: examples of an optimizer step over all ranks")
     micro_batch: int = _option(8, "sequences per rank and forward pass; the rest is gradient accumulation")
-    precision: Literal["fp32", "bf16"] = _option(
-        "fp32", "bf16: bf16 compute; master weights and gradient reduction in fp32")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "bf16: bf16 compute; master weights and gradient reduction in fp32. auto: bf16 where all ranks' "
+                "processors multiply it (GPUs from compute capability 8.0, CPUs with AVX-512 BF16), else fp32")
     grad_clip: float = _option(1.0, "clip the global gradient norm to this; 0: off")
     activation_checkpointing: Literal["none", "full"] | int = _option(
         "none", "recompute in backward: none, full (every block), or n: every n-th block")
@@ -136,6 +137,12 @@ class TrainConfig:
         _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
         _require(not isinstance(self.activation_checkpointing, int) or self.activation_checkpointing > 0,
                  f"train.activation_checkpointing is {self.activation_checkpointing}, expected none, full or n >= 1")
+
+    def resolved(self, all_have_bf16: bool) -> "TrainConfig":
+        """This, with a precision that is decided."""
+        if self.precision != "auto":
+            return self
+        return dataclasses.replace(self, precision="bf16" if all_have_bf16 else "fp32")
 
     @property
     def last_step(self) -> int:
@@ -605,7 +612,7 @@ def _check_nulls(name: str, section: type, values: dict[str, Any]) -> None:
 
 
 def _plain_error(error: Exception) -> str:
-    """jsonargparse's words in one line: `train.precision is 'fp8', expected 'fp32' | 'bf16'`."""
+    """jsonargparse's words in one line: `train.precision is 'fp8', expected 'auto' | 'fp32' | 'bf16'`."""
     text = " ".join(str(error).split())
     match = re.match(r'Parser key "(.+?)":.*?Expected an? (.+?)\. Got value: (.*)', text)
     if not match:

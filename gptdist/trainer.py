@@ -226,7 +226,7 @@ class Trainer:
         start = "fresh start" if source is None else f"{source[0]} from {source[1]} (step {self.state.step})"
         self.console.print(
             f"{n / 1e6:.2f}M parameters{trained}, vocabulary {config.model.vocab_size}; {world.strategy}{tensor} on "
-            f"{world.size} x {world.device.type}, {config.train.precision}; {batch} per step; "
+            f"{world.size} x {world.device.type}, {self.strategy.config.train.precision}; {batch} per step; "
             f"{self.task.source.n_samples} {unit} per epoch; {start}")
         self._flops_per_token = flops_per_token(config.model, n)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptdist.parallel.host import use_onednn_for_fp32
 from tests import cuda_vm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,12 +21,17 @@ def _few_threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fp32_products_as_in_training():
+    """By one library for all tests, so that runs in this process and in others are equal bit for bit."""
+    use_onednn_for_fp32()
+
+
 @pytest.fixture(autouse=True)
-def _process_settings():
-    """A test that trains in this process leaves denormals flushed, and fp32 products to oneDNN (parallel/host.py)."""
+def _denormals():
+    """A test that trains in this process leaves them flushed (parallel/host.py)."""
     yield
     torch.set_flush_denormal(False)
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @pytest.fixture(scope="session")

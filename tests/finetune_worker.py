@@ -21,7 +21,7 @@ CLASSIFY = {
     "task": {"name": "classify"},
     "classify": {"baselines": False},
     "model": {"context": 48, "width": 32, "n_layers": 2, "n_heads": 4, "dropout": 0.1},
-    "train": {"steps": 6, "batch": 11, "micro_batch": 2, "grad_clip": 0.5},
+    "train": {"steps": 6, "batch": 11, "micro_batch": 2, "grad_clip": 0.5, "precision": "fp32"},
     "optim": {"lr": 3e-3},
     "eval": {"every": 3, "micro_batch": 4},
     "checkpoint": {"every": 0},

@@ -46,7 +46,7 @@ def test_resolved_configuration_round_trips():
     ("model: {widht: 3}", r"unknown key model\.widht; did you mean 'width'\?"),
     ("model: 3", "section 'model' is 3, expected keys"),
     ("model: {width: wide}", "model.width is 'wide', expected int"),
-    ("train: {precision: fp8}", "train.precision is 'fp8', expected 'fp32' | 'bf16'"),
+    ("train: {precision: fp8}", "train.precision is 'fp8', expected 'auto' | 'fp32' | 'bf16'"),
     ("[1, 2]", "holds a list, expected sections"),
     ("model: {width: [", "is not valid YAML"),
     ("model: {n_heads: 5}", "model.n_heads=5 does not divide model.width=256"),

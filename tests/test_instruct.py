@@ -28,7 +28,7 @@ STEPS = 6
 TINY = {
     "task": {"name": "instruct", "val_fraction": 0.2, "bucket": 4},
     "instruct": {"template": "chatml", "mask_prompt": True, "samples": 3, "max_new_tokens": 8},
-    "train": {"steps": STEPS, "batch": 7, "micro_batch": 2, "grad_clip": 0.5},
+    "train": {"steps": STEPS, "batch": 7, "micro_batch": 2, "grad_clip": 0.5, "precision": "fp32"},
     "model": {"dropout": 0.1},
     "optim": {"lr": 3e-3},
     "schedule": {"warmup_steps": 2},

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from gptdist import config as config_module
 from gptdist.config import Config
 from gptdist.metrics import read_rows
+from gptdist.parallel.host import set_up_process
 from gptdist.parallel.world import end_process, init_world
 from gptdist.trainer import Trainer
 
 # 11 sequences a step: no world size but 1 divides it, so every share is uneven.
 TINY = {
     "model": {"context": 32, "width": 32, "n_layers": 2, "n_heads": 4},
-    "train": {"steps": 20, "tokens_per_step": 11 * 32, "micro_batch": 2, "grad_clip": 0.5},
+    "train": {"steps": 20, "tokens_per_step": 11 * 32, "micro_batch": 2, "grad_clip": 0.5, "precision": "fp32"},
     "optim": {"lr": 3e-3},
     "schedule": {"warmup_steps": 4},
     "eval": {"every": 10, "tokens": 1000},
@@ -35,6 +36,7 @@ def run_tiny(data: Path, run_dir: Path, *overrides: str) -> list[dict]:
     """Train; returns the training rows of metrics.jsonl on the main rank (others: an empty list)."""
     config = tiny_config(data, run_dir, *overrides)
     world = init_world(config.parallel)
+    set_up_process(world.device)
     assert Trainer(config, world).run() == 0
     return train_rows(run_dir) if world.is_main else []
 

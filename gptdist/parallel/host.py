@@ -38,6 +38,13 @@ def _quota() -> int:
     return INT_MAX if quota == "max" else max(1, round(int(quota) / int(period)))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bf16 with instructions of its own."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def set_up_process(device: torch.device) -> None:
     """Settings of a process that trains on `device`; they stay for its life."""
     # Processors take many times as long for denormals, and optimizer moments of idle weights decay into them.

@@ -7,6 +7,7 @@ With the same global batch in fp32 every strategy gives the same loss curve.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gptdist import ops
 from gptdist.config import Config
 from gptdist.model import LanguageModel, Linear
 from gptdist.optim.adamw import AdamW, local, slots
+from gptdist.parallel.host import has_bf16
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
 from gptdist.parallel.world import World
@@ -31,7 +33,9 @@ class Strategy:
     """One process, and what the others share. `model` has plain parameter names; calling the strategy runs it."""
 
     def __init__(self, world: World, config: Config):
-        self.world, self.config = world, config
+        lacking = world.sum(torch.tensor(0 if has_bf16(world.device) else 1))
+        self.world = world
+        self.config = replace(config, train=config.train.resolved(int(lacking) == 0))
         self.model: nn.Module
         self.n_parameters: int  # of the whole model
         self.optimizer: AdamW | None = None

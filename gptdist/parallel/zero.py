@@ -84,7 +84,7 @@ class ZeRO(Strategy):
     def __init__(self, world: World, config: Config):
         super().__init__(world, config)
         self.stage = int(world.strategy.removeprefix("zero"))
-        self.json = resolved_deepspeed_config(config, world.size)
+        self.json = resolved_deepspeed_config(self.config, world.size)
         self.deepspeed = import_deepspeed(world.strategy, world.device)
         if config.parallel.deepspeed_config is not None:
             check_json(self.json, config.parallel.deepspeed_config)

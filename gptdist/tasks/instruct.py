@@ -190,7 +190,7 @@ class Instruct(FineTune):
 
     def _answers(self, strategy: Strategy, questions: Sequence[Conversation]) -> list[Completion]:
         """Greedy answers. Every rank generates all of them, as the weights may be spread over all ranks."""
-        bf16 = self.config.train.precision == "bf16"
+        bf16 = strategy.config.train.precision == "bf16"
         generator = Generator(strategy.model, self.tokenizer, call=strategy, device=self.world.device,
                               dtype=torch.bfloat16 if bf16 else torch.float32, agree=self._agree)
         prompts = [encode(self.template.render(c.question()), self.tokenizer)[0] for c in questions]
