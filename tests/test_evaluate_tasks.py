@@ -16,8 +16,9 @@ from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
 from gptdist.evaluate.scorer import Request, Score, open_scorer
 from gptdist.evaluate.suite import Options, open_tasks, rolling, run_task
 from gptdist.evaluate.text_metrics import bleu, token_f1
+from gptdist.metrics import read_rows
 from tests.evaluate_worker import STRATEGIES, run_all
-from tests.training import eval_losses, run_tiny
+from tests.training import eval_losses, run_tiny, tiny_config, train_rows
 
 # Scores are fp32 sums of at most 32 tokens' losses: another batch shape or world size rounds otherwise, no more.
 TOLERANCE = 1e-4
@@ -118,7 +119,10 @@ def test_rolling_windows_score_every_token_once(scorer):
     tokens = scorer.tokenizer.encode("Every byte of this text is scored once, in windows. " * 3)
     windows = rolling(tokens, scorer)
     assert [t for window in windows for t in window.continuation] == tokens
-    assert all(len(w.context) == 1 and len(w.continuation) <= scorer.model.context for w in windows)
+    assert windows[0].context == [scorer.tokenizer.eot]
+    read = [len(w.context) + len(w.continuation) - 1 for w in windows]
+    assert read == [scorer.model.context] * len(windows), "every window is full"
+    assert windows[-1].context == tokens[-scorer.model.context - 1:-len(windows[-1].continuation)]
 
 
 def test_bits_per_byte_of_bytes_are_the_loss_in_bits(scorer):
@@ -312,3 +316,39 @@ def test_calibration_of_known_probabilities():
     assert result["brier"] == pytest.approx((3 * 2 * 0.04 + 2 * 0.64 + 2 * 2 * 0.36) / 6)
     assert [(row["n"], row["accuracy"]) for row in result["reliability"]] == [(2, 0.0), (4, 0.75)]
     assert calibration([[1.0, 0.0]], [0])["ece"] == 0
+
+
+# During training
+
+
+def test_tasks_during_training_change_nothing_that_it_computes(dataset, checkpoint, tasks, tmp_path):
+    """The same losses and gradient norms bit for bit; the figures of the last step are those of its checkpoint."""
+    named = [f"{kind}={tasks / f'{kind}.jsonl'}" for kind in ("choice", "cloze", "qa")]
+    run_tiny(dataset, tmp_path / "run", "--train.stop_at=6", "--eval.tokens=0", f"--eval.tasks={json.dumps(named)}",
+             "--eval.tasks_every=2", "--run.tensorboard=true")
+    with_tasks, without = train_rows(tmp_path / "run"), train_rows(checkpoint.parent.parent)
+    assert [(r["loss"], r["grad_norm"]) for r in with_tasks] == [(r["loss"], r["grad_norm"]) for r in without]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "tasks"]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    scorer = open_scorer(latest(tmp_path / "run" / "checkpoints"))
+    for task in open_tasks(named):
+        for name, value in run_task(scorer, task, Options())["metrics"].items():
+            if not name.endswith("_stderr") and name != "chance":
+                assert rows[-1][f"{task.name}/{name}"] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE)
+    boards = list((tmp_path / "run" / "tensorboard").iterdir())
+    assert any(b"tasks/choice/accuracy" in board.read_bytes() for board in boards)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("--task.name=classify", "eval.tasks is for models that write text"),
+    ("--parallel.tensor=2", "eval.tasks with parallel.tensor=2"),
+])
+def test_where_no_tasks_can_run(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        tiny_config(tmp_path, tmp_path, "--eval.tasks=[stdlib]", override, "--parallel.strategy=fsdp")
+
+
+def test_a_task_that_is_not_there_fails_before_the_first_step(dataset, tmp_path):
+    with pytest.raises(UserError, match="cannot read nowhere"):
+        run_tiny(dataset, tmp_path / "run", "--eval.tasks=[nowhere]")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

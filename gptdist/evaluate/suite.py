@@ -209,10 +209,14 @@ def _text(asked: Asked) -> dict[str, Any]:
 
 
 def rolling(tokens: Sequence[int], scorer: Scorer) -> list[Request]:
-    """Requests that score every token once, each after those before it in its window; the first after a text's end."""
-    context = scorer.model.context
+    """Requests that score every token once, in windows of the context; the first token comes after a text's end.
+
+    The last window has what fits before it as context, as lm-evaluation-harness has it.
+    """
+    size = scorer.model.context
     before = [scorer.tokenizer.eot, *tokens]
-    return [Request(before[i:i + 1], tokens[i:i + context]) for i in range(0, len(tokens), context)]
+    windows = [(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
+    return [Request(before[max(0, stop - size):start + 1], tokens[start:stop]) for start, stop in windows]
 
 
 def _classify(asked: Asked) -> dict[str, Any]:
