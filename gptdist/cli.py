@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_classify(commands)
     _add_evaluate(commands)
+    _add_contamination(commands)
     _add_plot(commands)
     _add_inspect(commands)
     _add_verify(commands)
@@ -229,6 +230,16 @@ def _add_evaluate(commands) -> None:
                         help="positions of a forward pass, padding included (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_contamination(commands) -> None:
+    parser = _command(commands, "contamination", run_contamination,
+                      "how much of evaluation sets the training data has: n-grams of words in common")
+    parser.add_argument("data", help="prepared dataset (its train/ is read), or one of its splits")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="as `gptdist evaluate --tasks`")
+    parser.add_argument("--ngram", type=int, default=13, help="words in a row (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of the tasks out")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -459,6 +470,20 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.template is not None:
         args.template = args.template.replace("\\n", "\n")
     return evaluate(args, _checkpoint(args), _device(args.device))
+
+
+def run_contamination(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gptdist.evaluate.contamination import contamination, print_contamination
+    from gptdist.evaluate.suite import open_tasks
+
+    results = contamination(args.data, open_tasks(args.tasks, skip_bad=args.skip_bad), n=args.ngram)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        print_contamination(Console(highlight=False), results, args.ngram)
+    return EXIT_DONE
 
 
 def run_plot(args: argparse.Namespace) -> int:
