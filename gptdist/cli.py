@@ -469,7 +469,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     if args.template is not None:
         args.template = args.template.replace("\\n", "\n")
-    return evaluate(args, _checkpoint(args), _device(args.device))
+    return evaluate(args, lambda: _checkpoint(args), _device(args.device))
 
 
 def run_contamination(args: argparse.Namespace) -> int:
