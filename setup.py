@@ -49,6 +49,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": ["fastapi", "uvicorn"],
     "data": ["pyarrow"],
+    "evaluate": ["lm_eval>=0.4.13"],
     "convert": ["gguf>=0.17"],
     "test": [
         "pytest",

@@ -212,6 +212,9 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="TASK",
                         help="stdlib, one of its sets such as stdlib-choice, FILE or KIND=FILE; kinds: choice, cloze, "
                              "text, classify, qa, translate, summarize")
+    parser.add_argument("--lm-eval", nargs="+", metavar="TASK",
+                        help="tasks of the lm-evaluation-harness (pip install lm_eval), instead of --tasks")
+    parser.add_argument("--include-path", metavar="DIR", help="--lm-eval: directory of further tasks as YAML")
     parser.add_argument("--shots", type=int, default=0,
                         help="the first items of a set are examples before every question (default: %(default)s)")
     parser.add_argument("--template", help="how a question and its answer are written, with {input} and {output}; "

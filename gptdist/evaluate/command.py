@@ -46,6 +46,8 @@ def _evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) -
         from gptdist.evaluate.classifier import evaluate_classifier
 
         return _show(args, checkpoint, evaluate_classifier(checkpoint, args.tasks or (), **how))
+    if args.lm_eval:
+        return _show(args, checkpoint, _run_harness(args, checkpoint, how))
     if args.tasks:
         return _show(args, checkpoint, _run_tasks(args, checkpoint, how))
     from gptdist.evaluate.perplexity import evaluate_checkpoint
@@ -71,6 +73,13 @@ def _run_tasks(args: argparse.Namespace, checkpoint: Path, how: dict[str, Any]) 
 def _options(args: argparse.Namespace) -> Options:
     return Options(shots=args.shots, limit=args.limit, template=args.template, max_new_tokens=args.max_new_tokens,
                    skip_bad=args.skip_bad)
+
+
+def _run_harness(args: argparse.Namespace, checkpoint: Path, how: dict[str, Any]) -> list[dict[str, Any]]:
+    from gptdist.evaluate.lm_eval import run_harness
+
+    scorer = open_scorer(checkpoint, **how, batch_tokens=args.batch_tokens)
+    return run_harness(scorer, args.lm_eval, include_path=args.include_path, shots=args.shots or None, limit=args.limit)
 
 
 def _show(args: argparse.Namespace, checkpoint: Path, results: Sequence[dict[str, Any]]) -> int:
