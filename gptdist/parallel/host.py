@@ -71,7 +71,8 @@ def use_onednn_for_fp32() -> bool:
     """Send fp32 matrix products to oneDNN instead of MKL, if they stay fp32 there; False where they would not.
 
     MKL keeps its AVX-512 kernels for Intel's processors. torch has no setting for the library, but one that lets
-    products be computed in bf16, which oneDNN alone reads and which it follows only on processors with AMX.
+    products be computed in bf16, which oneDNN alone reads and which it follows only on processors with AMX. Afterwards
+    torch.get_float32_matmul_precision raises, as it knows no setting of one backend alone.
     """
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     if setting is None or not torch.backends.mkldnn.is_available():
