@@ -27,7 +27,7 @@ from gptdist.data.loader import Prefetcher, StepBatch
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
-from gptdist.optim.adamw import build_adamw
+from gptdist.optim.build import build_optimizer
 from gptdist.optim.schedule import lr_factor
 from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import World
@@ -100,7 +100,7 @@ class Trainer:
         source = self._choose_start()
         model = self.task.build()
         self._n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.strategy.prepare(model, lambda parameters: build_adamw(parameters, self.config.optim))
+        self.strategy.prepare(model, lambda parameters: build_optimizer(parameters, self.strategy.config))
         self._restore(source)
         self.base = self.ranks.on_coordinator(lambda: find_base(self.config, source))
         self._announce(source)
