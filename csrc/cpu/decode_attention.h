@@ -1,4 +1,4 @@
-// decode_attention on a CPU. Included by attention_*.cpp after attention_forward.h, whose mathematics it shares.
+// decode_attention on a CPU. Included by simd_*.cpp after attention_forward.h, whose mathematics it shares.
 //
 // Many queries (a prompt) are the forward's tasks over tiles of keys gathered from the pages. Few queries of a kv head
 // are bound by the memory that k and v are read from: 4, 2 or 1 at a time are taken over kSegmentKeys keys,
