@@ -48,6 +48,13 @@ void parallel_blocks(Shape shape, int64_t rows_per_block, const Body& body) {
   torch::stable::parallel_for(0, block_count(shape, rows_per_block), grain, body);
 }
 
+// Bytes read of memory worth a thread's while: some 30 microseconds.
+constexpr int64_t kBytesPerThread = 1 << 18;
+
+inline int64_t threads_for_bytes(int64_t bytes) {
+  return std::clamp(bytes / kBytesPerThread, int64_t(1), int64_t(torch::stable::get_num_threads()));
+}
+
 // Calls run(i) for every task. Threads take the next one when they are done, so the longest should come first; each
 // task owns what it writes.
 template <class Run>

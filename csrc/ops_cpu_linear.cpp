@@ -10,11 +10,9 @@ namespace {
 
 using namespace gptdist;
 
-// Bytes of the weight worth a thread's while: some 30 microseconds.
-constexpr int64_t kBytesPerThread = 1 << 18;
 // Tasks for each thread, so that one which the system holds up leaves its share to the others.
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kOutputsStep = 16;
+constexpr int64_t kOutputsStep = 24;  // the kernels' kTileOutputs
 
 template <class T>
 void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
@@ -29,8 +27,7 @@ void run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bia
   const auto& kernels = cpu::few_rows_linear_kernels<T>(active_isa());
   std::byte* packed = scratch(ceil_div(kernels.packed_bytes(args.rows, args.inputs), 64) * 64);
   kernels.pack(args, packed);
-  const int64_t threads = std::clamp(args.inputs * args.outputs * int64_t(sizeof(T)) / kBytesPerThread, int64_t(1),
-                                     int64_t(torch::stable::get_num_threads()));
+  const int64_t threads = threads_for_bytes(args.inputs * args.outputs * int64_t(sizeof(T)));
   const int64_t outputs = ceil_div(ceil_div(args.outputs, threads * kTasksPerThread), kOutputsStep) * kOutputsStep;
   run_tasks(ceil_div(args.outputs, outputs), threads, [&](int64_t i) {
     kernels.outputs(args, packed, i * outputs, std::min((i + 1) * outputs, args.outputs));

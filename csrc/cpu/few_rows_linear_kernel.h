@@ -12,14 +12,28 @@
 namespace gptdist::cpu {
 namespace {
 
-constexpr int kTileOutputs = 16;  // y is rounded and written in tiles of so many, whole vectors
+// Outputs whose sums are kept while x is walked in blocks of inputs, rounded and written together: whole blocks of rows.
+constexpr int kTileOutputs = 24;
+
+// Bytes of x that a block of inputs may take in the first-level cache.
+constexpr int64_t kFactorBytes = 16 << 10;
+
+// Bytes of the weight between what is computed and what is asked for.
+constexpr int64_t kAheadBytes = 12 << 10;
 
 template <class Unit>
 constexpr int64_t kVectorElements = kLanes * kStepElements<Unit>;
 
-// Rows of a block: its sums stay in registers, 16 vectors, or 8 where there are 16 registers.
+// Rows of x at once, and rows of the weight beside them: their sums stay in registers, up to 24 of 32, or 12 of 16.
 template <int kRows>
-constexpr int kBlock = kLanes == 16 ? (kRows > 4 ? 2 : 4) : (kRows > 4 ? 1 : kRows > 2 ? 2 : 4);
+constexpr int kRowsAtOnce = kLanes == 16 || kRows <= 4 ? kRows : 4;
+template <int kRows>
+constexpr int kOutputsAtOnce = (kLanes == 16 ? kRows > 4 : kRows > 3) ? 3 : 4;
+
+template <class Unit>
+GPTDIST_INLINE int64_t block_inputs(int64_t rows) {
+  return kFactorBytes / (rows * int64_t(sizeof(Unit)) * kLanes) * kVectorElements<Unit>;
+}
 
 // A vector of units of the weight or of x.
 template <class Unit, class T>
@@ -28,64 +42,90 @@ GPTDIST_INLINE auto load_vector(const T* from) {
   else return load_units(reinterpret_cast<const Unit*>(from));
 }
 
-// sums[o][r] of kCount rows of the weight; those at `next` are read after them.
+// Adds the products with `count` inputs to kRows x kCount sums. x: vectors of the same row are x_row units apart, those
+// of the weight's rows `inputs`; sums: [kCount][all rows]. What lies at `next` is asked for.
 template <class Unit, int kRows, int kCount, class T>
-GPTDIST_INLINE void block_sums(const Unit* x, const T* weight, const T* next, int64_t inputs,
-                               Floats (&sums)[kCount][kRows]) {
+GPTDIST_INLINE void add_products(const Unit* x, int64_t x_row, const T* weight, int64_t inputs, int64_t count,
+                                 const T* next, Floats* sums, int64_t rows) {
   constexpr int64_t kVector = kVectorElements<Unit>, kLine = 64 / sizeof(T);
+  Floats held[kCount][kRows];
+  for (int o = 0; o < kCount; ++o) {
+    for (int r = 0; r < kRows; ++r) held[o][r] = sums[o * rows + r];
+  }
   const auto add = [&](const T* from, int64_t row) GPTDIST_LAMBDA {
     decltype(load_vector<Unit>(from)) weights[kCount];
     for (int o = 0; o < kCount; ++o) weights[o] = load_vector<Unit>(from + o * row);
-    for (int r = 0; r < kRows; ++r, x += kLanes) {
-      const auto factor = load_units(x);
-      for (int o = 0; o < kCount; ++o) sums[o][r] = multiply_add(factor, weights[o], sums[o][r]);
+    for (int r = 0; r < kRows; ++r) {
+      const auto factor = load_units(x + r * kLanes);
+      for (int o = 0; o < kCount; ++o) held[o][r] = multiply_add(factor, weights[o], held[o][r]);
     }
+    x += x_row;
   };
   int64_t i = 0;
-  for (; i + kVector <= inputs; i += kVector) {
+  for (; i + kVector <= count; i += kVector) {
     if (kVector >= kLine || i % kLine == 0) {
       for (int o = 0; o < kCount; ++o) __builtin_prefetch(next + o * inputs + i);
     }
     add(weight + i, inputs);
   }
-  if (i == inputs) return;
-  alignas(64) T rest[kCount * kVector] = {};
-  for (int o = 0; o < kCount; ++o) std::memcpy(rest + o * kVector, weight + o * inputs + i, (inputs - i) * sizeof(T));
-  add(rest, kVector);
-}
-
-// tile[r][o] of kCount outputs from `first`.
-template <class Unit, int kRows, int kCount, class T>
-GPTDIST_INLINE void block(const FewRowsLinear<T>& args, const Unit* x, int64_t first, int64_t end, float* tile) {
-  const T* weight = args.weight + first * args.inputs;
-  Floats sums[kCount][kRows] = {};
-  block_sums<Unit>(x, weight, first + 2 * kCount <= end ? weight + kCount * args.inputs : weight, args.inputs, sums);
+  if (i < count) {
+    alignas(64) T rest[kCount * kVector] = {};
+    for (int o = 0; o < kCount; ++o) std::memcpy(rest + o * kVector, weight + o * inputs + i, (count - i) * sizeof(T));
+    add(rest, kVector);
+  }
   for (int o = 0; o < kCount; ++o) {
-    for (int r = 0; r < kRows; ++r) tile[r * kTileOutputs + o] = sum(sums[o][r]);
+    for (int r = 0; r < kRows; ++r) sums[o * rows + r] = held[o][r];
   }
 }
 
-// y of `count` outputs from `first`: tile + bias, rounded.
+// The same for all kRows rows of x. With few registers the weight's are read a second time, from the first-level cache.
+template <class Unit, int kRows, int kCount, class T>
+GPTDIST_INLINE void add_all_products(const Unit* x, const T* weight, int64_t inputs, int64_t count, const T* next,
+                                     Floats* sums) {
+  constexpr int kFirst = kRowsAtOnce<kRows>, kSecond = kRows - kFirst;
+  add_products<Unit, kFirst, kCount>(x, kRows * kLanes, weight, inputs, count, next, sums, kRows);
+  if constexpr (kSecond > 0) {
+    add_products<Unit, kSecond, kCount>(x + kFirst * kLanes, kRows * kLanes, weight, inputs, count, next,
+                                        sums + kFirst, kRows);
+  }
+}
+
+// y of `count` outputs from `first`: the sums' lanes and the bias added, rounded.
 template <int kRows, class T>
-GPTDIST_INLINE void write_tile(const FewRowsLinear<T>& args, const float* tile, int64_t first, int64_t count) {
-  alignas(64) T bias[kTileOutputs] = {}, y[kTileOutputs];
+GPTDIST_INLINE void write_outputs(const FewRowsLinear<T>& args, const Floats* sums, int64_t first, int64_t count) {
+  constexpr int kPadded = round_up(kTileOutputs, kLanes);
+  alignas(64) T bias[kPadded] = {}, y[kPadded];
   if (args.bias != nullptr) std::memcpy(bias, args.bias + first, count * sizeof(T));
   for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kTileOutputs; o += kLanes) store(y + o, load(tile + r * kTileOutputs + o) + load(bias + o));
+    alignas(64) float row[kPadded] = {};
+    for (int64_t o = 0; o < count; ++o) row[o] = sum(sums[o * kRows + r]);
+    for (int o = 0; o < kPadded; o += kLanes) store(y + o, load(row + o) + load(bias + o));
     std::memcpy(args.y + r * args.outputs + first, y, count * sizeof(T));
   }
 }
 
 template <class Unit, int kRows, class T>
 GPTDIST_INLINE void few_rows_outputs(const FewRowsLinear<T>& args, const Unit* x, int64_t begin, int64_t end) {
-  constexpr int kCount = kBlock<kRows>;
+  constexpr int kCount = kOutputsAtOnce<kRows>;
+  const int64_t step = block_inputs<Unit>(kRows), inputs = args.inputs;
+  const int64_t ahead = round_up(kAheadBytes / (least(step, inputs) * sizeof(T)) + 1, kCount);
   for (int64_t first = begin; first < end; first += kTileOutputs) {
     const int64_t count = least(kTileOutputs, end - first);
-    alignas(64) float tile[kRows * kTileOutputs] = {};
-    int64_t o = 0;
-    for (; o + kCount <= count; o += kCount) block<Unit, kRows, kCount>(args, x, first + o, end, tile + o);
-    for (; o < count; ++o) block<Unit, kRows, 1>(args, x, first + o, end, tile + o);
-    write_tile<kRows>(args, tile, first, count);
+    Floats sums[kTileOutputs * kRows] = {};
+    for (int64_t i = 0; i < inputs; i += step) {
+      const Unit* factors = x + i / kVectorElements<Unit> * kRows * kLanes;
+      const T* weight = args.weight + first * inputs + i;
+      const int64_t length = least(step, inputs - i);
+      int64_t o = 0;
+      for (; o + kCount <= count; o += kCount) {
+        const T* next = first + o + ahead + kCount <= end ? weight + (o + ahead) * inputs : weight;
+        add_all_products<Unit, kRows, kCount>(factors, weight + o * inputs, inputs, length, next, sums + o * kRows);
+      }
+      for (; o < count; ++o) {
+        add_all_products<Unit, kRows, 1>(factors, weight + o * inputs, inputs, length, weight, sums + o * kRows);
+      }
+    }
+    write_outputs<kRows>(args, sums, first, count);
   }
 }
 
