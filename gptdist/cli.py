@@ -216,14 +216,18 @@ def _add_prepare(commands) -> None:
                              "with Python (its topics and docstrings, 2.2 MB)")
     parser.add_argument("--output", required=True, help="directory to create: train/, val/, tokenizer/, report.json")
     parser.add_argument("--tokenizer", required=True,
-                        help="bytes; gpt2; bpe:VOCAB (trained on the input); or a path: a directory with encoder.json "
-                             "and vocab.bpe, a .tiktoken file, a prepared dataset or a checkpoint's tokenizer/")
+                        help="bytes; char (the input's characters); gpt2; bpe:VOCAB (trained on the input); or a path: "
+                             "a directory with encoder.json and vocab.bpe, a .tiktoken file, a prepared dataset or a "
+                             "checkpoint's tokenizer/")
     parser.add_argument("--text-field", default="text", help="JSONL: the field with the text (default: %(default)s)")
     parser.add_argument("--document-separator", metavar="TEXT",
                         help="plain text: `blank-line`, or a text such as <|endoftext|>; default: a file is a document")
     parser.add_argument("--max-document-chars", type=int,
                         help="cut longer plain-text documents at the next paragraph")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default: 0.05)")
+    parser.add_argument("--split", choices=("documents", "tail"), default="documents",
+                        help="what is held out: documents; or tail: the end of the text, by characters, the input "
+                             "being one text without <|endoftext|> (default: %(default)s)")
     parser.add_argument("--min-chars", type=int, default=1, help="drop shorter documents (default: %(default)s)")
     parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep exact duplicates")
     parser.add_argument("--no-normalize", dest="normalize", action="store_false", help="leave Unicode as it is")

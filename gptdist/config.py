@@ -96,12 +96,19 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: str = _option("", "dataset directory written by `gptdist prepare` (holds train/, val/ and tokenizer/)")
+    input: str = _option("", "text file that data.path is made of, where that is not there yet: as `gptdist prepare "
+                             "--split tail` does it")
+    tokenizer: str = _option("char", "of data.input: char, bytes, gpt2, bpe:VOCAB or a path")
+    val_fraction: float = _option(0.1, "share of data.input's characters, its last ones, that are for validation")
     shuffle: bool = _option(True, "visit the windows in a keyed random order, another one each epoch")
     document_mask: bool = _option(False, "attention does not look across document borders inside a window")
     workers: int = _option(1, "threads that read batches ahead; 0 reads in line. Never changes which tokens are seen")
     skip: list[list[int]] = _option((), "sample ranges [start, stop) to leave out, e.g. after a loss spike")
 
     def __post_init__(self) -> None:
+        _require(not self.input or bool(self.path),
+                 f"data.input={self.input}, but data.path is empty: set it to the directory to prepare it in")
+        _require(0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
         _require(self.workers >= 0, f"data.workers is {self.workers}, expected 0 or more")
         object.__setattr__(self, "skip", [list(pair) for pair in self.skip])
         for pair in self.skip:
@@ -439,6 +446,9 @@ class Config:
         _require(self.is_finetuning or tokens % context == 0,
                  f"train.tokens_per_step={tokens} is not a multiple of model.context={context}: "
                  f"use {max(1, round(tokens / context)) * context}")
+        _require(not (self.is_finetuning and self.data.input),
+                 f"data.input={self.data.input} is for pretraining, but task.name={self.task.name}: use "
+                 f"task.train_data")
         _require(self.train.epochs > 0 or self.schedule.warmup_steps <= self.train.steps,
                  f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
         _require(self.lora.rank == 0 or self.lora.save == "all" or self.checkpoint.init_from is not None,

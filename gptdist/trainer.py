@@ -24,6 +24,7 @@ from gptdist.checkpoint.restore import load_state
 from gptdist.checkpoint.saver import Saver
 from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
+from gptdist.data.prepare import prepare_input
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
@@ -67,6 +68,8 @@ class Trainer:
     def __init__(self, config: Config, world: World):
         self.world = world
         self.ranks = Ranks(None)
+        if config.data.input:
+            self.ranks.on_coordinator(lambda: prepare_input(config.data))
         self.task = self.ranks.on_all(lambda: make_task(config, world))
         self._check_same_data()
         self.config = self.task.config
