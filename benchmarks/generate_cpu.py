@@ -13,10 +13,10 @@ random tokens greedily, with a key and value cache. Each contender runs in a pro
     hf tuned             the same with tcmalloc where installed, else with glibc told to keep what is freed
     hf compiled          hf tuned with a static cache and torch.compile of the forward pass
 
-The limit: a step reads every weight of the matrix products and norms once, at the bandwidth of a copy (read and written
-bytes) by as many threads, measured in a process of its own in the same rounds. Last, the logits of a prompt and of steps
-after it, ours and Hugging Face's in bf16, are compared with Hugging Face's in fp32. Needs the package transformers (the
-test extra).
+The limit: a step reads every weight of the matrix products and norms once, at the bandwidth of a copy (read and
+written bytes) by as many threads, measured in a process of its own in the same rounds. Last, the logits of a prompt
+and of steps after it, ours and Hugging Face's in bf16, are compared with Hugging Face's in fp32. Needs the package
+transformers (the test extra).
 """
 
 import argparse
@@ -214,7 +214,7 @@ def run_worker(name: str, args: argparse.Namespace, batch: int) -> dict:
 
 
 def weight_bytes(size: Size) -> int:
-    """Bytes of the weights that a step reads, in bf16: all matrices and their biases, norms; rows of the embeddings not."""
+    """Bytes of the weights that a step reads, in bf16: matrices, biases and norms, not the embeddings' few rows."""
     matrices = sum((inputs + 1) * outputs * times for inputs, outputs, times in size.matrices()) - size.vocab
     return 2 * (matrices + (2 * size.layers + 1) * 2 * size.width)
 
@@ -227,8 +227,8 @@ def collect(args: argparse.Namespace, batch: int) -> tuple[dict[str, list[float]
         bandwidths.append(run_worker(COPY, args, batch)["bandwidth"])
         for name in args.only or CONTENDERS:
             found = run_worker(name, args, batch)["seconds"]
-            print(f"batch {batch}, round {number + 1}, {name}: {statistics.median(found) / args.new * 1e3:.1f} ms a token",
-                  file=sys.stderr)
+            token_ms = statistics.median(found) / args.new * 1e3
+            print(f"batch {batch}, round {number + 1}, {name}: {token_ms:.1f} ms a token", file=sys.stderr)
             seconds.setdefault(name, []).extend(found)
     return seconds, statistics.median(bandwidths)
 
@@ -239,7 +239,7 @@ def table(seconds: dict[str, list[float]], bandwidth: float, size: Size, batch: 
     lines = [f"## Batch {batch}", "",
              f"The limit is {limit_s * 1e3:.1f} ms: {weight_bytes(size) / 1e6:.0f} MB of weights, a copy moves "
              f"{bandwidth / 1e9:.1f} GB/s.", "",
-             "| | ms a token of every row | tokens/s | gptdist bf16 is faster | of the limit |", "|---|---|---|---|---|"]
+             "| | ms a step | tokens/s | gptdist bf16 is faster | of the limit |", "|---|---|---|---|---|"]
     for name, time_s in step_s.items():
         ratio = f"{time_s / ours:.2f}" if ours else ""
         lines.append(f"| {name} | {time_s * 1e3:.1f} | {batch / time_s:.1f} | {ratio} | {limit_s / time_s:.0%} |")
@@ -248,9 +248,9 @@ def table(seconds: dict[str, list[float]], bandwidth: float, size: Size, batch: 
 
 def logits_line(found: dict[str, float]) -> str:
     verdict = "no larger" if found["ours"] <= found["hf"] else "LARGER"
-    return (f"Logits of root mean square {found['logits']:.3g}, after a prompt and 8 steps: in bf16 ours are off those of "
-            f"Hugging Face in fp32 by {found['ours']:.3g} (root mean square), Hugging Face's by {found['hf']:.3g}; ours "
-            f"is {verdict}. In fp32 ours are off by at most {found['ours fp32']:.2g}.")
+    return (f"Logits of root mean square {found['logits']:.3g}, after a prompt and 8 steps: in bf16 ours are off those "
+            f"of Hugging Face in fp32 by {found['ours']:.3g} (root mean square), Hugging Face's by {found['hf']:.3g}; "
+            f"ours is {verdict}. In fp32 ours are off by at most {found['ours fp32']:.2g}.")
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_cpu_scale [--contexts 128 256 ...] [--widths 256 512 ...] [--output FILE.md]
 
-Contexts: one sequence, width --width. Widths: one sequence of --context tokens. A GPT-2 of few layers (--layers, --vocab;
-heads of 64), the contenders of benchmarks.train_cpu: this project's step in bf16 and PyTorch's strongest, `hf tuned`.
-Each contender and size runs in a process of its own, whose peak memory is reported; it may take --limit-s seconds and the
-memory that is free, and what does not fit is said. The output has a plot of each beside it, FILE-contexts.png and
-FILE-widths.png. Takes about eight minutes on two cores.
+Contexts: one sequence, width --width. Widths: one sequence of --context tokens. A GPT-2 of few layers (--layers,
+--vocab; heads of 64), the contenders of benchmarks.train_cpu: this project's step in bf16 and PyTorch's strongest, `hf
+tuned`. Each contender and size runs in a process of its own, whose peak memory is reported; it may take --limit-s
+seconds and the memory that is free, and what does not fit is said. The output has a plot of each beside it,
+FILE-contexts.png and FILE-widths.png.
 """
 
 import argparse
@@ -135,8 +135,8 @@ def main() -> None:
         if width <= 0 or width % HEAD_DIM:
             parser.error(f"width {width} is no multiple of {HEAD_DIM}, a head's channels")
     lines = ["# How training on a CPU scales", "",
-             f"{describe('benchmarks.train_cpu_scale')}. {args.layers} layers, heads of {HEAD_DIM}, vocabulary {args.vocab}, "
-             f"one sequence; medians of {args.steps} steps, a process for each number; torch {torch.__version__}.", ""]
+             f"{describe('benchmarks.train_cpu_scale')}. {args.layers} layers, heads of {HEAD_DIM}, vocabulary "
+             f"{args.vocab}, one sequence; medians of {args.steps} steps, a process for each number; torch {torch.__version__}.", ""]
     sweeps = (("contexts", f"T, width {args.width}", args.contexts, [(value, args.width) for value in args.contexts]),
               ("widths", f"width, T = {args.context}", args.widths, [(args.context, value) for value in args.widths]))
     for kind, axis, values, sizes in sweeps:

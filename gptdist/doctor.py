@@ -68,7 +68,7 @@ def _cpu() -> dict:
 
 
 def _training() -> dict:
-    """What a process that trains on this CPU sets (parallel/host.py); each of N processes gets an Nth of the threads."""
+    """What a process that trains on this CPU sets (parallel/host.py)."""
     return {
         "physical_cores": host.physical_cores(),
         "bf16_products": host.has_bf16(torch.device("cpu")),

@@ -1,4 +1,4 @@
-"""benchmarks/generate_cpu.py at a tiny size: contenders run, the same weights give the same logits, the limit is right."""
+"""benchmarks/generate_cpu.py at a tiny size: contenders run, the same weights give the same logits."""
 
 import sys
 
@@ -50,8 +50,8 @@ def test_contenders_run(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [
-        "generate_cpu", "--batches", "2", "--layers", "1", "--width", "64", "--heads", "2", "--vocab", "250", "--prompt",
-        "4", "--new", "5", "--rounds", "1", "--repeats", "1", "--only", "gptdist bf16", "hf tuned",
+        "generate_cpu", "--batches", "2", "--layers", "1", "--width", "64", "--heads", "2", "--vocab", "250",
+        "--prompt", "4", "--new", "5", "--rounds", "1", "--repeats", "1", "--only", "gptdist bf16", "hf tuned",
         "--output", str(tmp_path / "report.md")])
     monkeypatch.setattr(generate_cpu, "COPY_BYTES", 1 << 20)
     generate_cpu.main()

@@ -124,10 +124,18 @@ def test_gradients_are_torchs():
 @torch.no_grad()
 def test_what_the_kernel_does_not_take_is_torchs_with_a_reason():
     x, weight, bias = case(4, (64, 34), BF16)
-    assert backends.choose("few_rows_linear", "cpu", torch.float16).reason == "the cpu kernel does not take torch.float16"
+    choice = backends.choose("few_rows_linear", "cpu", torch.float16)
+    assert choice == ("reference", "the cpu kernel does not take torch.float16")
+    misfit = ops.linear.__globals__["_misfit"]
+    assert misfit(x, weight, bias) == ""
+    assert misfit(randn(9, 64), weight, bias) == "more than 8 rows"
+    assert misfit(x, weight, bias.float()) == "weight or bias is not torch.bfloat16, as x"
+    for strided in ((x[:, :32], weight[:, :32], bias), (x[:, ::2], weight[:, ::2], None),
+                    (x, weight, bias[:1].expand(34))):
+        assert misfit(*strided) == "weight or bias is not contiguous"
+        torch.testing.assert_close(ops.linear(*strided), F.linear(*strided))
     for tensors in ((x.half(), weight.half(), None), (x.double(), weight.double(), bias.double()),
-                    (x, weight[:, ::2].repeat(1, 2), bias), (x[:, :32], weight[:, :32], bias), (x, weight, bias.expand(34)),
-                    (x[:, ::2], weight[:, ::2].contiguous(), bias), (x.t()[:4].t()[:, :4], weight[:, :4], bias[::1]),
+                    (x[:, ::2], weight[:, ::2].contiguous(), bias),  # x alone is strided, which the op copies
                     (x[:0], weight, bias), (x[:, :0], weight[:, :0], bias)):
         torch.testing.assert_close(ops.linear(*tensors), F.linear(*tensors))
     with pytest.raises(RuntimeError):

@@ -324,7 +324,7 @@ def observed(args) -> bool:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(type(x) not in PLAIN_TENSORS for x in args if isinstance(x, torch.Tensor))
+    return any(type(x) not in PLAIN_TENSORS and isinstance(x, torch.Tensor) for x in args)
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -1,7 +1,7 @@
 """linear: y = x W^T + b, as torch.nn.functional.linear; for few rows of x on a CPU by a kernel that reads W once.
 
-Generation multiplies a row of x for each prompt: it is bound by the memory that W is read from. few_rows_linear, its op,
-reads W at the speed of memory: csrc/cpu/few_rows_linear_kernel.h. fp32 sums, rounded once to x's dtype; no autograd.
+Generation multiplies a row of x for each prompt: it is bound by the memory that W is read from. few_rows_linear, its
+op, reads W at the speed of memory: csrc/cpu/few_rows_linear_kernel.h. fp32 sums, rounded once to x's dtype; no autograd.
 """
 
 import torch
