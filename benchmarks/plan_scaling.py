@@ -51,7 +51,8 @@ def point(model: str, layout: str, world: int, weak: bool) -> Point:
         if world % COPY_RANKS:
             return Point(world, None, f"{COPY_RANKS} does not divide it")
         parallel = replace(parallel, replicas=world // COPY_RANKS)
-    train = TrainConfig(tokens_per_step=WEAK_SEQUENCES * 4096 * world if weak else STRONG_TOKENS, micro_batch=2,
+    train = TrainConfig(tokens_per_step=WEAK_SEQUENCES * 4096 * world if weak else STRONG_TOKENS,
+                        micro_batch=WEAK_SEQUENCES * parallel.tensor,
                         precision="bf16", activation_checkpointing="full" if model == "70B" else "none")
     try:
         plan = make_plan(replace(Config(), model=MODELS[model], train=train, parallel=parallel), world,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gptdist.config import Config, ModelConfig
-from gptdist.data.loader import check_world, micro_batches_per_step
+from gptdist.data.shares import check_world, micro_batches_per_step
 from gptdist.errors import UserError
 from gptdist.metrics import flops_per_token
 

@@ -23,6 +23,7 @@ HOP_S, HOP_NODE_S = 4e-6, 1e-6  # latency of a ring's step between nodes and ins
 # Bytes an eager block reads and writes outside its products and attention, forward and backward, in values per token:
 # norms, bias and GELU, residual sums, what products read and write. (27 forward, twice that backward.)
 ELEMENTWISE_VALUES = 81
+LAUNCH_S = 5e-4  # assumed: what it takes to start the hundred or so kernels of an eager block, forward and backward
 OPTIMIZER_BYTES = 30  # a step of AdamW: 16 read, 12 written, and the copy in 16 bits
 
 
@@ -155,6 +156,8 @@ def step_time(config: Config, layout: Layout, step: Step, device: Device) -> Ste
     products = tokens * flops.products / layout.tensor / (peak * share.products)
     attention = tokens * flops.attention / layout.tensor / (peak * share.attention)
     memory = tokens * _elementwise_bytes(config, layout.tensor) / (bandwidth * share.bandwidth)
+    if device.kind == "cuda":  # a micro-batch so small that the device waits for its kernels to be started
+        memory += max(0.0, LAUNCH_S * m.n_layers * step.count - products - attention - memory)
     traffic = traffic_of(config, layout, step)
     n_stepped = Parameters(m, layout.tensor).total / _optimizer_shards(config, layout)
     optimizer = n_stepped * OPTIMIZER_BYTES / (bandwidth * share.bandwidth)
