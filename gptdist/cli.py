@@ -81,6 +81,16 @@ Write a checkpoint in another program's format.
 
 Adapters (lora.rank above 0) are merged into the weights; peft's format has them alone."""
 
+PLAN_HELP = """\
+What a run needs, before anything is booked: memory of each rank by part and if it fits, communication, time of a step,
+MFU, tokens per day, cost; and the cheapest strategy, micro-batch and recomputation that fit. Nothing is built or run.
+
+  gptdist plan configs/gpt2-124m.yaml --world-size 8 --device h100-80gb --price 2.5 --model.vocab_size=50257
+  gptdist plan configs/quickstart.yaml --world-size 2 --device cpu --memory 4 --model.vocab_size=512
+
+Values of the configuration are overridden as in `gptdist train`. Times are estimates: benchmarks/results/plan.md has
+what they are fitted to and how far they are off elsewhere."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptdist", description="Train GPT models, on a laptop or a cluster.")
@@ -99,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_config(commands)
+    _add_plan(commands)
     _add_doctor(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -147,6 +158,22 @@ def _add_config(commands) -> None:
     parser.add_argument("--show", action="store_true", help="print it (the default action)")
     parser.add_argument("--deepspeed", action="store_true", help="print the DeepSpeed JSON that it means (zero1-3)")
     parser.add_argument("--processes", type=int, default=1, help="with --deepspeed: for this many (default: 1)")
+
+
+def _add_plan(commands) -> None:
+    parser = _command(commands, "plan", run_plan, "what a run will need: memory, time, cost; the cheapest that fits",
+                      PLAN_HELP)
+    parser.add_argument("config", help="YAML configuration")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes, one for each device")
+    parser.add_argument("--device", required=True, help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, "
+                                                        "l40s-48gb, or cpu")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node (default: 8)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="of a device, in place of the table's")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of a device, in place of the table's")
+    parser.add_argument("--intra-gbs", type=float, metavar="X", help="GB/s from a device to others of its node")
+    parser.add_argument("--inter-gbs", type=float, metavar="X", help="GB/s from a device to other nodes")
+    parser.add_argument("--price", type=float, metavar="X", help="of a device and hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="machine-readable output: bytes, seconds, FLOPs")
 
 
 def _add_doctor(commands) -> None:
@@ -527,13 +554,26 @@ def run_config(args: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
+def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gptdist import config
+    from gptdist.plan import make_plan, report
+    from gptdist.plan.devices import find_device
+
+    device = find_device(args.device, memory_gb=args.memory, peak_tflops=args.peak_tflops, intra_gbs=args.intra_gbs,
+                         inter_gbs=args.inter_gbs)
+    plan = make_plan(config.load(args.config, overrides), args.world_size, device, per_node=args.per_node,
+                     price=args.price)
+    print(report.run(plan, json=args.json))
+    return EXIT_DONE
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     from gptdist import doctor
 
     return doctor.run(json=args.json)
 
 
-TAKES_OVERRIDES = (run_train, run_finetune, run_config)
+TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
