@@ -50,6 +50,18 @@ Turn raw text into a dataset directory: clean, tokenize, split off held-out docu
   gptdist prepare --input embedded --output data/embedded --tokenizer bpe:512
   gptdist prepare --input 'corpus/*.txt' more.jsonl --output data/mine --tokenizer gpt2-files/"""
 
+EVALUATE_HELP = """\
+Score a checkpoint. Without --tasks: loss on the held-out split of its data, with --bigram beside a bigram model.
+A classifier (task.name=classify) is scored on its test texts, or on the labelled texts of --tasks.
+
+  gptdist evaluate runs/quickstart --bigram
+  gptdist evaluate runs/quickstart --tasks stdlib                        (sets made from Python's documentation)
+  gptdist evaluate runs/gpt2 --tasks hellaswag.jsonl cloze=lambada.jsonl text=book.txt --json
+  gptdist evaluate runs/gpt2 --tasks qa=questions.jsonl --shots 3
+  torchrun --nproc-per-node N -m gptdist evaluate runs/gpt2 --tasks hellaswag.jsonl --strategy fsdp
+
+Files are JSON objects, one a line, of a kind that their keys tell (gptdist/evaluate/items.py lists them)."""
+
 GENERATE_HELP = """\
 Continue prompts with a trained model.
 
@@ -103,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_classify(commands)
     _add_evaluate(commands)
+    _add_contamination(commands)
     _add_plot(commands)
     _add_inspect(commands)
     _add_verify(commands)
@@ -220,12 +233,40 @@ def _add_export(commands) -> None:
 
 
 def _add_evaluate(commands) -> None:
-    parser = _command(commands, "evaluate", run_evaluate, "held-out loss of a checkpoint, beside a bigram baseline")
+    parser = _command(commands, "evaluate", run_evaluate, "score a checkpoint: held-out loss, or evaluation tasks",
+                      EVALUATE_HELP)
     _add_checkpoint(parser)
-    parser.add_argument("--data", help="prepared dataset directory (default: the one it was trained on)")
-    parser.add_argument("--bigram", action="store_true", help="also the loss of a bigram model with its best smoothing")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK",
+                        help="stdlib, one of its sets such as stdlib-choice, FILE or KIND=FILE; kinds: choice, cloze, "
+                             "text, classify, qa, translate, summarize")
+    parser.add_argument("--shots", type=int, default=0,
+                        help="the first items of a set are examples before every question (default: %(default)s)")
+    parser.add_argument("--template", help="how a question and its answer are written, with {input} and {output}; "
+                                           "default: by kind, such as 'Question: {input}\\nAnswer: {output}\\n'")
+    parser.add_argument("--limit", type=int, default=0, help="items of each set that are scored; 0: all")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="of a generated answer (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="count bad lines and items instead of failing")
+    parser.add_argument("--data", help="without --tasks: prepared dataset (default: the one it was trained on)")
+    parser.add_argument("--bigram", action="store_true",
+                        help="without --tasks: also the loss of a bigram model with its best smoothing")
+    parser.add_argument("--strategy", default="auto",
+                        choices=("auto", "single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"),
+                        help="how the model is spread over the processes (default: single, fsdp under torchrun)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="of the computation")
+    parser.add_argument("--batch-tokens", type=int, default=8192,
+                        help="positions of a forward pass, padding included (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_contamination(commands) -> None:
+    parser = _command(commands, "contamination", run_contamination,
+                      "how much of evaluation sets the training data has: n-grams of words in common")
+    parser.add_argument("data", help="prepared dataset (its train/ is read), or one of its splits")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="as `gptdist evaluate --tasks`")
+    parser.add_argument("--ngram", type=int, default=13, help="words in a row (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of the tasks out")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -455,19 +496,24 @@ def _device(name: str) -> str:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from gptdist.evaluate.perplexity import evaluate_checkpoint
+    from gptdist.evaluate.command import evaluate
 
-    result = evaluate_checkpoint(_checkpoint(args), args.data, device=_device(args.device), bigram=args.bigram,
-                                 verify=args.verify)
+    if args.template is not None:
+        args.template = args.template.replace("\\n", "\n")
+    return evaluate(args, _checkpoint(args), _device(args.device))
+
+
+def run_contamination(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gptdist.evaluate.contamination import contamination, print_contamination
+    from gptdist.evaluate.suite import open_tasks
+
+    results = contamination(args.data, open_tasks(args.tasks, skip_bad=args.skip_bad), n=args.ngram)
     if args.json:
-        print(json.dumps(result))
-        return EXIT_DONE
-    print(f"checkpoint       {result['checkpoint']}")
-    print(f"held-out loss    {result['loss']:.4f} nats per token (perplexity {result['perplexity']:.2f}) "
-          f"over {result['targets']:,} tokens of {result['data']}")
-    if args.bigram:
-        print(f"bigram model     {result['bigram_loss']:.4f} nats per token ({result['bigram_smoothing']})")
-        print(f"better by        {result['margin']:.4f} nats per token")
+        print(json.dumps(results))
+    else:
+        print_contamination(Console(highlight=False), results, args.ngram)
     return EXIT_DONE
 
 

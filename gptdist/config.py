@@ -261,9 +261,15 @@ class EvalConfig:
     tokens: int = _option(0, "pretrain: validation tokens per evaluation; 0: the whole held-out split")
     examples: int = _option(0, "fine-tuning: validation examples per evaluation; 0: all")
     micro_batch: int = _option(16, "sequences per rank and forward pass")
+    tasks: list[str] = _option((), "evaluation tasks beside it, as `gptdist evaluate --tasks` names them: stdlib, "
+                                   "stdlib-choice, FILE, KIND=FILE ...; they change nothing that the run computes")
+    tasks_every: int = _option(0, "steps between runs of the tasks (one more at the end); 0: only at the end")
+    tasks_limit: int = _option(100, "items of each task that are scored; 0: all")
+    tasks_shots: int = _option(0, "the first items of a task are examples before every question")
 
     def __post_init__(self) -> None:
-        for name in ("every", "tokens", "examples"):
+        object.__setattr__(self, "tasks", list(self.tasks))
+        for name in ("every", "tokens", "examples", "tasks_every", "tasks_limit", "tasks_shots"):
             _require(getattr(self, name) >= 0, f"eval.{name} is {getattr(self, name)}, expected 0 or more")
         _require(self.micro_batch > 0, f"eval.micro_batch is {self.micro_batch}, expected at least 1")
 
@@ -459,6 +465,11 @@ class Config:
         _require(not (self.train.compile and self.parallel.strategy == "zero3"),
                  "train.compile=true with parallel.strategy=zero3: DeepSpeed's hooks around every module leave nothing "
                  "to compile; use fsdp, or train.compile=false")
+        _require(not self.eval.tasks or self.task.name != "classify",
+                 "eval.tasks is for models that write text, but task.name=classify: leave it out")
+        _require(not self.eval.tasks or self.parallel.tensor == 1,
+                 f"eval.tasks with parallel.tensor={self.parallel.tensor}: it divides the positions of a sequence, and "
+                 f"cannot go on from a single one; use `gptdist evaluate` on the checkpoints")
         self._check_muon()
         self._check_tensor_parallel()
         # An input that is divided by channels has no mask that is the same however many processes divide it.

@@ -301,12 +301,14 @@ class LanguageModel(GPT):
                 at: Tensor | None = None) -> Tensor:
         """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE.
 
-        Without targets: the logits (B, vocab_size) fp32 after position at[b] of each row, to generate from.
+        Without targets: the logits (B, vocab_size) fp32 after position at[b] of each row, to generate from; of `at`
+        (B, K) those after K positions of each row, (B, K, vocab_size).
         """
         options = dict(dropout=dropout, doc_start=doc_start, restart_positions=restart_positions, cache=cache)
         if targets is None:
             hidden = self.hidden(tokens, **options)
-            return self.logits(hidden[torch.arange(len(at), device=at.device), at])
+            rows = torch.arange(len(at), device=at.device)
+            return self.logits(hidden[rows if at.dim() == 1 else rows[:, None], at])
         embedded, weight, shadow = None, self.head_weight, self.head_shadow
         if self.head is None:
             embedded, weight = self.parallel.embed_tied(self.wte, tokens)

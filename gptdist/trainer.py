@@ -26,6 +26,8 @@ from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
 from gptdist.data.prepare import prepare_input
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
+from gptdist.evaluate.scorer import Scorer
+from gptdist.evaluate.suite import Options, main_metrics, open_tasks, run_task
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
 from gptdist.optim.build import build_optimizer
@@ -78,6 +80,7 @@ class Trainer:
         self.state = TrainState(dataset=self.task.dataset_id)
         self.stop = StopSignal()
         self.strategy = self.ranks.on_all(lambda: make_strategy(world, self.config))
+        self.tasks = self.ranks.on_all(lambda: open_tasks(config.eval.tasks))
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         self._bad_steps = 0
 
@@ -321,6 +324,8 @@ class Trainer:
         is_best = False
         if last or (config.eval.every and step % config.eval.every == 0):
             is_best = self._evaluate()
+        if self.tasks and (last or (config.eval.tasks_every and step % config.eval.tasks_every == 0)):
+            self._run_tasks()
         due = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
         if due or (is_best and config.checkpoint.keep_best):
             self.save(background=config.checkpoint.asynchronous and not (last or stopping))
@@ -342,6 +347,19 @@ class Trainer:
                          if name != "val_loss" and isinstance(value, float))
         self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}{others}")
         return is_best
+
+    def _run_tasks(self) -> None:
+        """The figures of eval.tasks into metrics, a row for all of them."""
+        started, config = time.perf_counter(), self.config.eval
+        scorer = Scorer(self.strategy, self.task.tokenizer)
+        options = Options(shots=config.tasks_shots, limit=config.tasks_limit)
+        values = {}
+        for task in self.tasks:
+            values |= main_metrics(run_task(scorer, task, options))
+        if self.metrics is not None:
+            self.metrics.write("tasks", self.state.step, **values, seconds=time.perf_counter() - started)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.console.print(f"step {self.state.step}  {shown}")
 
     def save(self, *, background: bool = False) -> None:
         """Save a checkpoint of the current step, then drop those that retention does not keep."""

@@ -1,0 +1,209 @@
+"""Log-likelihoods and greedy continuations from a model under any strategy: what all evaluation tasks are made of.
+
+Requests are sorted by length and cut into batches of about `batch_tokens` positions; batch i is rank i mod W's. The
+results stand in the requests' order on every rank. A batch's shape changes a score by rounding alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptdist.checkpoint import layout
+from gptdist.checkpoint.ranks import Ranks
+from gptdist.checkpoint.restore import load_weights, read_config, refuse_classifier
+from gptdist.config import Config, LoRAConfig, ParallelConfig
+from gptdist.data.examples import WIDTH_MULTIPLE
+from gptdist.data.loader import IGNORED
+from gptdist.data.tokenizer import Tokenizer
+from gptdist.errors import UserError
+from gptdist.generate import Generator, Sampling
+from gptdist.model import build_meta
+from gptdist.optim.adamw import build_adamw
+from gptdist.parallel.strategies import Strategy, make_strategy
+from gptdist.parallel.world import World, env_world_size, init_world
+
+BATCH_TOKENS = 8192
+MAX_LOGITS = 1 << 26  # values of the logits of one batch: 256 MB in fp32
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation whose log-likelihood is wanted. An empty context stands for the end of another document."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]  # at least one token, at most the model's context
+
+
+@dataclass(frozen=True)
+class Score:
+    """logprob: of all tokens of the continuation together, in nats. greedy: each is the likeliest one in its place.
+
+    greedy is None where it was not asked for.
+    """
+
+    logprob: float
+    greedy: bool | None = None
+
+
+class Scorer:
+    """Scores continuations, and writes some."""
+
+    def __init__(self, strategy: Strategy, tokenizer: Tokenizer, *, batch_tokens: int = BATCH_TOKENS):
+        if batch_tokens < 1:
+            raise UserError(f"batch tokens is {batch_tokens}, expected at least 1")
+        self.strategy, self.tokenizer, self.world = strategy, tokenizer, strategy.world
+        self.model = strategy.config.model
+        self.batch_tokens = batch_tokens
+
+    def is_cut(self, request: Request) -> bool:
+        """Whether the context is cut from the left, to fit with its continuation."""
+        return len(request.context) + len(request.continuation) > self.model.context + 1
+
+    def room(self, max_new_tokens: int) -> int:
+        """Tokens of a prompt that are used before so many new ones."""
+        return max(1, self.model.context - max_new_tokens)
+
+    def score(self, requests: Sequence[Request], *, greedy: bool = False) -> list[Score]:
+        """The score of each request, the same on all ranks; a collective call."""
+        rows = [self._row(request) for request in requests]
+        results = torch.zeros(len(rows), 2, dtype=torch.float64)
+        batches = list(self._batches(rows, greedy))
+        rank, size = self.world.dp_rank, self.world.dp_size
+        with self.strategy.evaluating():
+            for first in range(0, len(batches), size):
+                mine = first + rank < len(batches)
+                batch = batches[first + rank if mine else first]  # a rank without one takes part all the same
+                values = self._score_batch([rows[i] for i in batch], greedy)
+                if mine:
+                    results[batch] = values
+        logprobs, matches = self.world.sum(results).T.tolist()
+        return [Score(logprob, bool(match) if greedy else None)
+                for logprob, match in zip(logprobs, matches, strict=True)]
+
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                          stop: Sequence[str] = ()) -> list[str]:
+        """The text after each prompt, up to a stop string. Prompts are cut from the left to `room`.
+
+        Every rank generates all of them, as the weights may be spread over all ranks.
+        """
+        room = self.room(max_new_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        bf16 = self.strategy.config.train.precision == "bf16"
+        generator = Generator(self.strategy.model, self.tokenizer, call=self.strategy, device=self.world.device,
+                              dtype=torch.bfloat16 if bf16 else torch.float32, agree=self._agree)
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0, stop=tuple(stop))
+        with self.strategy.evaluating():
+            done = generator.generate([list(prompts[i])[-room:] for i in order], sampling,
+                                      batch_size=max(1, self.batch_tokens // self.model.context))
+        texts = {i: completion.text for i, completion in zip(order, done, strict=True)}
+        return [texts[i] for i in range(len(prompts))]
+
+    def _agree(self, chosen: list[int]) -> list[int]:
+        """Rank 0's tokens: a rank that rounds otherwise could end a row earlier, and leave the others waiting."""
+        if self.world.mesh is None:
+            return chosen
+        tokens = torch.tensor(chosen, device=self.world.device)
+        dist.broadcast(tokens, 0)
+        return tokens.tolist()
+
+    def _row(self, request: Request) -> tuple[list[int], int]:
+        """(tokens within the context and one target more, how many of the last ones are the continuation)."""
+        context, n = list(request.context) or [self.tokenizer.eot], len(request.continuation)
+        assert 0 < n <= self.model.context, f"a continuation of {n} tokens, the context has {self.model.context}"
+        tokens = [*context, *request.continuation]
+        return tokens[-(self.model.context + 1):], n
+
+    def _batches(self, rows: Sequence[tuple[list[int], int]], greedy: bool) -> Iterator[list[int]]:
+        """Numbers of the rows of each batch, the longest rows first."""
+        batch, longest = [], 0
+        for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i)):
+            longest = max(longest, rows[i][1]) if batch else rows[i][1]  # continuation of the batch
+            values = (len(batch) + 1) * longest * self.model.vocab_size if greedy else 0
+            full = batch and (len(batch) + 1) * self._width([rows[batch[0]]]) > self.batch_tokens
+            if full or (batch and values > MAX_LOGITS):
+                yield batch
+                batch, longest = [], rows[i][1]
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _width(self, rows: Sequence[tuple[list[int], int]]) -> int:
+        longest = max(len(tokens) - 1 for tokens, _ in rows)
+        return min(-(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.model.context)
+
+    def _score_batch(self, rows: Sequence[tuple[list[int], int]], greedy: bool) -> Tensor:
+        """(rows, 2) fp64 on the CPU: log-likelihood, and 1 where all tokens are the likeliest ones (if asked for)."""
+        inputs = torch.zeros(len(rows), self._width(rows), dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORED)
+        for i, (tokens, n) in enumerate(rows):
+            inputs[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
+            targets[i, len(tokens) - 1 - n:len(tokens) - 1] = torch.tensor(tokens[-n:])
+        device = self.world.device
+        if not greedy:
+            losses = self.strategy(inputs.to(device), targets.to(device))
+            return torch.stack([-losses.double().sum(1).cpu(), torch.zeros(len(rows), dtype=torch.float64)], 1)
+        longest = max(n for _, n in rows)
+        offsets = torch.arange(longest)  # (K,)
+        first = torch.tensor([len(tokens) - 1 - n for tokens, n in rows])[:, None]
+        real = offsets < torch.tensor([n for _, n in rows])[:, None]  # (B, K)
+        at = torch.where(real, first + offsets, 0)
+        wanted = targets.gather(1, at).clamp(min=0).to(device)
+        logits = self.strategy(inputs.to(device), at=at.to(device))  # (B, K, V)
+        chosen = logits.gather(-1, wanted[..., None]).squeeze(-1).double() - logits.double().logsumexp(-1)
+        matches = (logits.argmax(-1) == wanted).cpu() | ~real
+        return torch.stack([(chosen.cpu() * real).sum(1), matches.all(1).double()], 1)
+
+
+def open_scorer(checkpoint: Path, *, strategy: str = "auto", device: str = "cpu", precision: str = "fp32",
+                verify: bool = True, batch_tokens: int = BATCH_TOKENS) -> Scorer:
+    """A checkpoint's language model, spread over the processes of this run; a collective call.
+
+    strategy: as parallel.strategy; any of them reads what any other saved. precision: as train.precision.
+    Raises UserError for a damaged checkpoint or a classifier.
+    """
+    prepared, tokenizer = open_strategy(checkpoint, strategy=strategy, device=device, precision=precision,
+                                        verify=verify)
+    return Scorer(prepared, tokenizer, batch_tokens=batch_tokens)
+
+
+def open_strategy(checkpoint: Path, *, strategy: str, device: str, precision: str,
+                  verify: bool) -> tuple[Strategy, Tokenizer]:
+    """(strategy with the checkpoint's weights, its configuration resolved for evaluation; tokenizer)."""
+    world = open_world(strategy, device)
+    ranks = Ranks(None)
+    if verify:
+        ranks.on_coordinator(lambda: layout.verify(checkpoint))
+    config, tokenizer = ranks.on_all(lambda: _read(checkpoint))
+    prepared = ranks.on_all(lambda: make_strategy(world, evaluation_config(config, world.strategy, precision)))
+    model = build_meta(config.model).eval()
+    # DeepSpeed shards an optimizer, used or not.
+    factory = (lambda parameters: build_adamw(parameters, config.optim)) if world.strategy.startswith("zero") else None
+    prepared.prepare(model, factory)
+    load_weights(checkpoint, prepared.model_state())
+    prepared.loaded()
+    return prepared, tokenizer
+
+
+def open_world(strategy: str, device: str) -> World:
+    """The processes that evaluate: this one alone, or those that a launcher started."""
+    if env_world_size() == 1 and strategy in ("auto", "single"):
+        return World(0, 1, torch.device(device), "single", None)
+    return init_world(ParallelConfig(strategy=strategy, device=device.partition(":")[0],
+                                     threads=torch.get_num_threads() if env_world_size() == 1 else 0))
+
+
+def evaluation_config(config: Config, strategy: str, precision: str) -> Config:
+    """A run's configuration without what matters in training alone; adapters are merged into the weights."""
+    train = dataclasses.replace(config.train, precision=precision, compile=False, activation_checkpointing="none")
+    return dataclasses.replace(config, train=train, lora=LoRAConfig(), parallel=ParallelConfig(strategy=strategy))
+
+
+def _read(checkpoint: Path) -> tuple[Config, Tokenizer]:
+    config = read_config(checkpoint)
+    refuse_classifier(checkpoint, config)
+    return config, Tokenizer.load(checkpoint / "tokenizer")

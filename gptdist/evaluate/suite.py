@@ -1,0 +1,303 @@
+"""Evaluation tasks on a scorer: questions in, figures out, the same ones for any batch and world size.
+
+How each kind (items.py) is asked and measured:
+
+    choice     log-likelihood of each choice after the context. accuracy: the likeliest one is right; accuracy_norm: the
+               likeliest per byte. Calibration of the softmax over the choices' log-likelihoods
+    cloze      accuracy: greedy decoding finds the word; perplexity: exp of the words' mean negative log-likelihood
+    text       every token once, in windows of the context: loss per token, perplexity, and bits per byte, which alone
+               compares models of different tokenizers
+    classify   log-likelihood of each label after the text: accuracy, F1, calibration
+    qa, translate, summarize   greedy answers: exact match, F1 of words; BLEU; ROUGE-L. The best of several references
+
+With `shots` the first items of a set are answered examples before every question, and are not scored themselves.
+Sources: Brown et al., "Language models are few-shot learners" (2020), section 2.4; Zellers et al., "HellaSwag" (2019);
+Paperno et al., "LAMBADA" (2016).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptdist.errors import UserError
+from gptdist.evaluate import classification
+from gptdist.evaluate.calibration import calibration
+from gptdist.evaluate.embedded_sets import GROUP, SETS, embedded_set
+from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
+from gptdist.evaluate.scorer import Request, Scorer
+from gptdist.evaluate.text_metrics import bleu, exact_match, rouge_l, token_f1
+from gptdist.generate import few_shot_prompt
+
+# How a question and its answer are written. A generated answer ends where what follows {output} begins.
+TEMPLATES = {
+    "choice": "{input} {output}\n\n",
+    "cloze": "{input} {output}\n\n",
+    "classify": "Text: {input}\nLabel: {output}\n\n",
+    "qa": "Question: {input}\nAnswer: {output}\n",
+    "translate": "Source: {input}\nTranslation: {output}\n",
+    "summarize": "Text: {input}\nSummary: {output}\n\n",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How tasks are asked. limit: of the items scored, 0: all. template: in place of that of TEMPLATES."""
+
+    shots: int = 0
+    limit: int = 0
+    template: str | None = None
+    max_new_tokens: int = 48
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("shots", 0), ("limit", 0), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.template is not None and not ("{input}" in self.template and "{output}" in self.template):
+            raise UserError(f"template {self.template!r} needs both {{input}} and {{output}}")
+
+
+def open_tasks(names: Iterable[str], *, skip_bad: bool = False) -> list[TaskSet]:
+    """The sets that the words of --tasks mean: stdlib (all embedded ones), stdlib-NAME, FILE or KIND=FILE."""
+    tasks = []
+    for name in names:
+        kind, equals, path = name.partition("=")
+        if name == GROUP:
+            tasks += map(embedded_set, SETS)
+        elif name in SETS:
+            tasks.append(embedded_set(name))
+        elif equals and kind.isidentifier():
+            tasks.append(read_task(path, kind, skip_bad=skip_bad))
+        elif name.startswith(f"{GROUP}-"):
+            raise UserError(f"no embedded set is called {name}, expected {GROUP}, {', '.join(SETS)}")
+        else:
+            tasks.append(read_task(name, skip_bad=skip_bad))
+    taken = [task.name for task in tasks]
+    if twice := next((name for name in taken if taken.count(name) > 1), None):
+        raise UserError(f"two tasks are called {twice}: give every file a name of its own")
+    return tasks
+
+
+def run_task(scorer: Scorer, task: TaskSet, options: Options) -> dict[str, Any]:
+    """{"task", "kind", "n", "skipped", "truncated", "metrics": {name: value}, ...}; a collective call.
+
+    skipped: lines that were no items, and items that do not fit (with options.skip_bad). truncated: contexts cut from
+    the left to fit. Raises UserError with the file and line of an item whose answer is longer than the context.
+    """
+    usual = TEMPLATES.get(task.kind)
+    template = options.template or usual
+    shots = 0 if task.kind in ("text", "cloze") else options.shots
+    if len(task.items) <= shots:
+        raise UserError(f"{task.name} has {len(task.items)} items, expected more than the {shots} of --shots")
+    examples, items = task.items[:shots], task.items[shots:]
+    asked = Asked(scorer, items[:options.limit or None], template, examples, options)
+    measured = MEASURES[task.kind](asked)
+    skipped = task.skipped + asked.skipped
+    result = {"task": task.name, "kind": task.kind, "n": len(asked.items), "skipped": skipped,
+              "truncated": asked.truncated, "shots": shots, "metrics": measured.pop("metrics"), **measured}
+    if first := task.first_skipped or asked.first_skipped:
+        result["first_skipped"] = first
+    return result
+
+
+class Asked:
+    """Items in their prompts, in tokens."""
+
+    def __init__(self, scorer: Scorer, items: Sequence[Item], template: str | None, examples: Sequence[Item],
+                 options: Options):
+        self.scorer, self.items, self.options, self.template = scorer, list(items), options, template
+        self.examples = [{"input": item.query, "output": item.answer} for item in examples]
+        self.skipped, self.first_skipped, self.truncated = 0, "", 0
+
+    def keep_fitting(self, texts: Callable[[Item], Iterable[str]]) -> None:
+        """Drop the items one of whose continuations `texts` is longer than the context, or refuse them."""
+        context, kept = self.scorer.model.context, []
+        for item in self.items:
+            longest = max(len(self.encode(text)) for text in texts(item))
+            if longest <= context:
+                kept.append(item)
+                continue
+            fault = f"{item.where}: an answer has {longest} tokens, the model's context {context}"
+            if not self.options.skip_bad:
+                raise UserError(f"{fault}; remove the item, or count such ones with --skip-bad")
+            self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or fault
+        if not kept:
+            raise UserError(f"no item is left: {self.first_skipped}")
+        self.items = kept
+
+    def encode(self, text: str) -> list[int]:
+        return self.scorer.tokenizer.encode(text)
+
+    def prompt(self, item: Item) -> str:
+        """Examples and the question, up to where the answer begins."""
+        if self.template is None or (self.template == TEMPLATES["choice"] and not self.examples):
+            return item.query
+        return few_shot_prompt(self.examples, item.query, self.template)
+
+    def likelihoods(self, choices: Callable[[Item], Sequence[str]]) -> list[list[float]]:
+        """Log-likelihood of each choice of each item, in nats."""
+        def after(item: Item, choice: str) -> str:
+            return _after(self.prompt(item), choice)
+
+        self.keep_fitting(lambda item: [after(item, choice) for choice in choices(item)])
+        requests = []
+        for item in self.items:
+            context = self.encode(self.prompt(item))
+            own = [Request(context, self.encode(after(item, choice))) for choice in choices(item)]
+            self.truncated += any(map(self.scorer.is_cut, own))
+            requests += own
+        values = iter(self.scorer.score(requests))
+        return [[next(values).logprob for _ in choices(item)] for item in self.items]
+
+    def generated(self) -> list[str]:
+        """The answers that the model writes."""
+        stop = self.template.partition("{output}")[2] or "\n"
+        prompts = [self.encode(self.prompt(item)) for item in self.items]
+        self.truncated = sum(len(prompt) > self.scorer.room(self.options.max_new_tokens) for prompt in prompts)
+        texts = self.scorer.continue_greedily(prompts, max_new_tokens=self.options.max_new_tokens, stop=(stop,))
+        return [text.strip() for text in texts]
+
+
+def _after(prompt: str, answer: str) -> str:
+    """The answer as it stands after a prompt: with a space where none is yet."""
+    return answer if prompt[-1:].isspace() else f" {answer}"
+
+
+# Measures
+
+
+def _choice(asked: Asked) -> dict[str, Any]:
+    scores = asked.likelihoods(lambda item: item.choices)
+    per_byte = [[score / len(choice.encode()) for score, choice in zip(row, item.choices, strict=True)]
+                for row, item in zip(scores, asked.items, strict=True)]
+    answers = [item.choices.index(item.answer) for item in asked.items]
+    calibrated = calibration([_softmax(row) for row in scores], answers)
+    chance = sum(1 / len(item.choices) for item in asked.items) / len(asked.items)
+    return {"metrics": {**_accuracy("accuracy", scores, answers), **_accuracy("accuracy_norm", per_byte, answers),
+                        "chance": chance, "ece": calibrated["ece"], "brier": calibrated["brier"]},
+            "reliability": calibrated["reliability"]}
+
+
+def _accuracy(name: str, scores: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
+    hits = [_best(row) == answer for row, answer in zip(scores, answers, strict=True)]
+    return {name: _mean(hits), f"{name}_stderr": _stderr(hits)}
+
+
+def _cloze(asked: Asked) -> dict[str, Any]:
+    asked.keep_fitting(lambda item: [_after(item.query, item.answer)])
+    requests = [Request(asked.encode(item.query), asked.encode(_after(item.query, item.answer)))
+                for item in asked.items]
+    asked.truncated = sum(map(asked.scorer.is_cut, requests))
+    scores = asked.scorer.score(requests, greedy=True)
+    hits = [score.greedy for score in scores]
+    return {"metrics": {"accuracy": _mean(hits), "accuracy_stderr": _stderr(hits),
+                        "perplexity": _exp(-_mean([score.logprob for score in scores]))}}
+
+
+def _text(asked: Asked) -> dict[str, Any]:
+    requests, n_bytes = [], 0
+    for item in asked.items:
+        requests += rolling(asked.encode(item.query), asked.scorer)
+        n_bytes += len(item.query.encode())
+    nats = -sum(score.logprob for score in asked.scorer.score(requests))
+    tokens = sum(len(request.continuation) for request in requests)
+    return {"metrics": {"loss": nats / tokens, "perplexity": _exp(nats / tokens),
+                        "bits_per_byte": nats / math.log(2) / n_bytes}, "tokens": tokens, "bytes": n_bytes}
+
+
+def rolling(tokens: Sequence[int], scorer: Scorer) -> list[Request]:
+    """Requests that score every token once, in windows of the context; the first token comes after a text's end.
+
+    The last window has what fits before it as context, as lm-evaluation-harness has it.
+    """
+    size = scorer.model.context
+    before = [scorer.tokenizer.eot, *tokens]
+    windows = [(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
+    return [Request(before[max(0, stop - size):start + 1], tokens[start:stop]) for start, stop in windows]
+
+
+def _classify(asked: Asked) -> dict[str, Any]:
+    labels = sorted({item.answer for item in asked.items} | {example["output"] for example in asked.examples})
+    if len(labels) < 2:
+        raise UserError(f"all texts have the label {labels[0]}, expected two labels or more")
+    scores = asked.likelihoods(lambda item: labels)
+    return label_scores([_softmax(row) for row in scores], [labels.index(item.answer) for item in asked.items], labels)
+
+
+def label_scores(probabilities: Sequence[Sequence[float]], answers: Sequence[int],
+                 labels: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro F1 and calibration of predicted labels, with the confusion matrix and the reliability table."""
+    confusion = torch.zeros(len(labels), len(labels), dtype=torch.int64)
+    for row, answer in zip(probabilities, answers, strict=True):
+        confusion[answer, _best(row)] += 1
+    found = classification.scores(confusion, labels)
+    calibrated = calibration(probabilities, answers)
+    hits = [_best(row) == answer for row, answer in zip(probabilities, answers, strict=True)]
+    return {"metrics": {"accuracy": found["accuracy"], "accuracy_stderr": _stderr(hits), "macro_f1": found["macro_f1"],
+                        "ece": calibrated["ece"], "brier": calibrated["brier"]},
+            "classes": found["classes"], "confusion": found["confusion"], "reliability": calibrated["reliability"]}
+
+
+def _qa(asked: Asked) -> dict[str, Any]:
+    texts = asked.generated()
+    return {"metrics": {"exact_match": _best_of(exact_match, texts, asked), "f1": _best_of(token_f1, texts, asked)},
+            **_sample(texts, asked)}
+
+
+def _translate(asked: Asked) -> dict[str, Any]:
+    texts = asked.generated()
+    return {"metrics": {"bleu": bleu(texts, [item.answers for item in asked.items]),
+                        "exact_match": _best_of(exact_match, texts, asked)}, **_sample(texts, asked)}
+
+
+def _summarize(asked: Asked) -> dict[str, Any]:
+    texts = asked.generated()
+    return {"metrics": {"rouge_l": _best_of(rouge_l, texts, asked)}, **_sample(texts, asked)}
+
+
+MEASURES: dict[str, Callable[[Asked], dict[str, Any]]] = {
+    "choice": _choice, "cloze": _cloze, "text": _text, "classify": _classify, "qa": _qa, "translate": _translate,
+    "summarize": _summarize}
+assert MEASURES.keys() == KINDS.keys()
+
+
+def _best_of(metric: Callable[[str, str], float], texts: Sequence[str], asked: Asked) -> float:
+    return _mean([max(metric(text, reference) for reference in item.answers)
+                  for text, item in zip(texts, asked.items, strict=True)])
+
+
+def _sample(texts: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """The first answer, to see what the figures mean."""
+    item = asked.items[0]
+    return {"sample": {"query": item.query, "answer": texts[0], "reference": item.answer}}
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    return torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _stderr(hits: Sequence[float]) -> float:
+    """Standard error of a mean of zeros and ones; 0 for a single one."""
+    p, n = _mean(hits), len(hits)
+    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def main_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of a task by which a run is followed, named TASK/METRIC."""
+    return {f"{result['task']}/{name}": float(value) for name, value in result["metrics"].items()
+            if not name.endswith("_stderr") and name != "chance"}
