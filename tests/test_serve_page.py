@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'gptdist[serve]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'gptdist[test]'")
+pytest.importorskip("playwright.sync_api", reason="pip install 'gptdist[test]'")
+
+from playwright import sync_api
 
 from gptdist.serve.app import PAGE_FILE
 from gptdist.serve.engine import Limits
@@ -36,7 +38,8 @@ def page(browser):
     faults = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: "Content Security" in message.text and faults.append(message.text))
-    page.on("request", lambda request: re.match(r"(http://127\.0\.0\.1:|data:)", request.url) or faults.append(request.url))
+    own = re.compile(r"http://127\.0\.0\.1:|data:")
+    page.on("request", lambda request: own.match(request.url) or faults.append(request.url))
     yield page
     context.close()
     assert not faults

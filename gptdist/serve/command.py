@@ -45,12 +45,12 @@ def serve(checkpoint: Path, options: ServeOptions) -> None:
     """Serve a checkpoint until SIGINT or SIGTERM."""
     set_up_process(torch.device(options.device))
     api_key = read_api_key(options.api_key_file)
-    with _listen(options.host, options.port) as listener:  # before the model: a taken port is said at once
+    with listen(options.host, options.port) as listener:  # before the model: a taken port is said at once
         api = Api(open_served(checkpoint, options), options.limits,
                   Rules(api_key=api_key, loopback_only=options.host in LOOPBACK))
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
-        _Server(api, address, options.open_page).run(sockets=[listener])
+        Server(api, address, options.open_page).run(sockets=[listener])
 
 
 def open_served(checkpoint: Path, options: ServeOptions) -> Served:
@@ -79,7 +79,8 @@ def read_api_key(path: str | None) -> str | None:
     return key
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises UserError where that is not possible."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}, expected 0 (a free one) to 65535")
     try:
@@ -93,8 +94,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, api: Api, address: str, open_page: bool):
+class Server(uvicorn.Server):
+    """uvicorn's, which says where it is when it is there, and whose end by a signal is no failure."""
+
+    def __init__(self, api: Api, address: str, open_page: bool = False):
         super().__init__(uvicorn.Config(api.app, log_level="warning", access_log=False, server_header=False,
                                         timeout_keep_alive=30, timeout_graceful_shutdown=FINISH_S, lifespan="on"))
         self.api, self.address, self.open_page = api, address, open_page
