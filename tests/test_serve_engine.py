@@ -59,6 +59,12 @@ REQUESTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def answers(alone) -> list[tuple[str, str]]:
+    """Of REQUESTS, each alone."""
+    return [expected(alone, text, sampling) for text, sampling in REQUESTS]
+
+
 def expected(alone: Generator, text: str, sampling: Sampling) -> tuple[str, str]:
     room = CONTEXT - max(len(text), 1)
     [completion] = alone.generate([text], dataclasses.replace(sampling,
@@ -67,7 +73,7 @@ def expected(alone: Generator, text: str, sampling: Sampling) -> tuple[str, str]
 
 
 @pytest.mark.parametrize("limits", [{}, {"rows": 2}, {"chunk": 7}, {"cache_tokens": 2 * CONTEXT}], ids=str)
-def test_each_request_gets_what_it_gets_alone(alone, limits):
+def test_each_request_gets_what_it_gets_alone(alone, answers, limits):
     """Whatever joins and leaves beside it, however small batch, chunks and cache are."""
     engine = Collected(alone, **limits)
     jobs = []
@@ -75,8 +81,7 @@ def test_each_request_gets_what_it_gets_alone(alone, limits):
         jobs.append(engine.ask(text, sampling))
         engine.step()
     engine.run()
-    for (text, sampling), job in zip(REQUESTS, jobs, strict=True):
-        assert engine.text(job) == expected(alone, text, sampling), text
+    assert [engine.text(job) for job in jobs] == answers
     assert engine.n_pages_used == 0
     assert sorted([*engine.pool._free, *engine.pool._idle]) == list(range(1, engine.pool.n_pages + 1))
 

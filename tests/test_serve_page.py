@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip("playwright.sync_api", reason="pip install 'gptdist[test]'")
 
 from playwright import sync_api
 
-from gptdist.serve.app import PAGE_FILE
+from gptdist.serve.app import PAGE_FILE, Served
 from gptdist.serve.engine import Limits
 from gptdist.serve.guard import Rules
 from tests.serving import CONTEXT, running, tiny_served, wait_for
@@ -154,6 +155,32 @@ def test_a_base_model_shows_what_it_believes(page):
         top = asked["choices"][0]["logprobs"]["top_logprobs"][0]
         assert values == sorted(values, reverse=True)
         assert values[0] == pytest.approx(100 * 2.718281828 ** max(top.values()), abs=0.06)
+
+
+class Labels:
+    """A classifier that likes everything."""
+
+    labels = ("no", "yes")
+    config = SimpleNamespace(model=SimpleNamespace(context=48))
+
+    def lines(self, texts):
+        for text in texts:
+            yield {"text": text, "label": "yes", "probability": 0.75, "probabilities": {"no": 0.25, "yes": 0.75}}
+
+    def truncated(self, texts):
+        return len(texts[0]) > 48
+
+
+def test_a_classifier_labels(page):
+    with running(Served(name="likes", labeller=Labels())) as server:
+        page.goto(server.address)
+        expect(page.locator("#state")).to_contain_text("classifier")
+        assert not page.is_visible("#tab-complete")
+        page.fill("#text", "<b>x</b>" * 10)
+        page.press("#text", "Control+Enter")
+        expect(page.locator("#verdict")).to_contain_text("yes (from the beginning of the text")
+        assert page.locator("#labels .name").all_text_contents() == ["yes", "no"]
+        assert page.locator("#labels .value").all_text_contents() == ["75.0%", "25.0%"]
 
 
 def test_a_key_is_asked_for(page):

@@ -220,7 +220,7 @@ class Engine(Generator):
             for row in list(self.waiting):
                 if len(self.rows) == self.limits.rows:
                     return
-                if row.leader is not None and row.leader.in_prompt:
+                if row.leader in self.rows and row.leader.in_prompt:
                     continue  # what it shares is not written yet
                 joined = self.pool.join(row.tokens, row.n_prompt + row.sampling.max_new_tokens)
                 if joined is None:
