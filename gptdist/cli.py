@@ -76,6 +76,17 @@ Ctrl-D leaves. Over a pipe every line is a message, and the answers go to stdout
   gptdist chat runs/instruct
   echo "What does shutil.copyfile do?" | gptdist chat runs/instruct --temperature 0"""
 
+SERVE_HELP = """\
+Serve a trained model over HTTP, with OpenAI's interface and a page to talk to it. Base models continue text, those that
+were fine-tuned for instructions chat, classifiers label.
+
+  gptdist serve runs/instruct                       then open http://127.0.0.1:8000
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "What does shutil.copyfile do?"}]}'
+
+Clients that speak to OpenAI take base_url=http://127.0.0.1:8000/v1. Without --host only this machine can ask. Set
+GPTDIST_API_KEY, or --api-key-file, and every request has to bring that key. Ctrl-C finishes running answers first."""
+
 IMPORT_HELP = """\
 Turn another program's GPT-2 into a checkpoint: weights and tokenizer, no optimizer (train on with
 checkpoint.init_from). Nothing is downloaded, and no code in a file is run.
@@ -113,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_classify(commands)
     _add_evaluate(commands)
     _add_contamination(commands)
@@ -345,6 +357,28 @@ def _add_chat(commands) -> None:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
 
 
+def _add_serve(commands) -> None:
+    parser = _command(commands, "serve", run_serve, "serve a model over HTTP, with a page to talk to it", SERVE_HELP)
+    _add_checkpoint(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every machine that reaches "
+                                                            "this one can ask (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: that of its run)")
+    parser.add_argument("--template", help="instead of the one the model was fine-tuned with: see `gptdist chat`")
+    parser.add_argument("--api-key-file", metavar="FILE", help="its first line is the key that every request has to "
+                                                               "bring (default: GPTDIST_API_KEY, or none)")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers computed together (default: %(default)s)")
+    parser.add_argument("--cache-tokens", type=int, default=0, help="size of the key/value cache; default: 16 contexts")
+    parser.add_argument("--queue", type=int, default=128, help="answers that may wait before clients are told to come "
+                                                               "back later (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one answer may take (default: "
+                                                                     "%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+    parser.add_argument("--open", dest="open_page", action="store_true", help="open the page in a browser")
+
+
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from gptdist.train_command import train
 
@@ -438,6 +472,27 @@ def run_chat(args: argparse.Namespace) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     Terminal(open_chat(_checkpoint(args), sampling, template=args.template, system=args.system,
                        device=_device(args.device), dtype=dtype, verify=args.verify)).run()
+    return EXIT_DONE
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    import torch
+
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingError(f"the package {error.name} is not here: install the extra with `pip install "
+                           f"'gptdist[serve]'`") from error
+    from gptdist.serve.command import ServeOptions, serve
+    from gptdist.serve.engine import Limits
+
+    limits = Limits(rows=args.batch_size, cache_tokens=args.cache_tokens, queue=args.queue, timeout_s=args.timeout)
+    serve(_checkpoint(args), ServeOptions(
+        host=args.host, port=args.port, name=args.name, template=args.template, device=_device(args.device),
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], verify=args.verify,
+        open_page=args.open_page, api_key_file=args.api_key_file, limits=limits))
     return EXIT_DONE
 
 
