@@ -136,7 +136,8 @@ def main() -> None:
             parser.error(f"width {width} is no multiple of {HEAD_DIM}, a head's channels")
     lines = ["# How training on a CPU scales", "",
              f"{describe('benchmarks.train_cpu_scale')}. {args.layers} layers, heads of {HEAD_DIM}, vocabulary "
-             f"{args.vocab}, one sequence; medians of {args.steps} steps, a process for each number; torch {torch.__version__}.", ""]
+             f"{args.vocab}, one sequence; medians of {args.steps} steps, a process for each number; torch "
+             f"{torch.__version__}.", ""]
     sweeps = (("contexts", f"T, width {args.width}", args.contexts, [(value, args.width) for value in args.contexts]),
               ("widths", f"width, T = {args.context}", args.widths, [(args.context, value) for value in args.widths]))
     for kind, axis, values, sizes in sweeps:

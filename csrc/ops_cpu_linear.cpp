@@ -40,6 +40,7 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optiona
   STD_TORCH_CHECK(x.dim() > 0, "few_rows_linear: x is a scalar, expected (..., in)");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1), "few_rows_linear: weight has shape ",
                   shape_name(weight), ", expected (out, in=", x.size(x.dim() - 1), ")");
+  STD_TORCH_CHECK(weight.size(1) > 0, "few_rows_linear: weight has shape ", shape_name(weight), ", expected in >= 1");
   const bool bf16 = call.is_bf16(x, "x");
   call.contiguous(x, "x");
   call.same_type(weight, "weight", x, "x");

@@ -169,6 +169,7 @@ X, W, B = randn(2, 8), randn(5, 8), randn(5)
     ((X[0, 0], W, B), "x is a scalar"),
     ((X[:, :7], W, B), r"weight has shape \(5, 8\), expected \(out, in=7\)"),
     ((X, W[0], B), r"weight has shape \(8\)"),
+    ((X[:, :0], W[:, :0], B), r"weight has shape \(5, 0\), expected in >= 1"),
     ((X.double(), W, B), "x is float64, expected float32 or bfloat16"),
     ((X, W.bfloat16(), B), "weight is bfloat16, expected float32 as x"),
     ((X, W, B.bfloat16()), "bias is bfloat16, expected float32 as x"),

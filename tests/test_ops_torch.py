@@ -56,7 +56,6 @@ def cases(B=2, dtype=torch.float32):
             lambda a, w: ops.linear_logsumexp(a, w, targets, first=2, vocab_size=8),
             (randn(B * T, C, dtype=dtype), randn(V, C)),
         ),
-        "linear": (ops.linear, (x, randn(V, C, dtype=dtype), randn(V, dtype=dtype))),
         "dropout": (lambda a: ops.dropout(a, 0.2, **mask), (x,)),
         "rope": (lambda a: ops.rope(a, cos, sin), (qkv,)),
         "grad_norm": (lambda a, b: ops.grad_norm([a, b]), (randn(3, 4, grad=False), randn(5, grad=False))),

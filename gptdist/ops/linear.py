@@ -1,7 +1,8 @@
 """linear: y = x W^T + b, as torch.nn.functional.linear; for few rows of x on a CPU by a kernel that reads W once.
 
 Generation multiplies a row of x for each prompt: it is bound by the memory that W is read from. few_rows_linear, its
-op, reads W at the speed of memory: csrc/cpu/few_rows_linear_kernel.h. fp32 sums, rounded once to x's dtype; no autograd.
+op, reads W at the speed of memory: csrc/cpu/few_rows_linear_kernel.h. fp32 sums, rounded once to x's dtype; no
+autograd.
 """
 
 import torch
@@ -12,6 +13,8 @@ from .backends import MAX_FEW_ROWS, choose, custom_op, observed
 
 def _misfit(x, weight, bias) -> str:
     """Why the CPU kernel does not take these, or the empty string."""
+    if x.shape[-1] == 0:
+        return "no inputs"
     if x.numel() > MAX_FEW_ROWS * x.shape[-1]:
         return f"more than {MAX_FEW_ROWS} rows"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
