@@ -45,13 +45,18 @@ REQUIRES = [
     "ninja",
     "pybind11",
 ]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
-    "serve": ["fastapi", "uvicorn"],
+    "serve": SERVE,
     "data": ["pyarrow"],
     "evaluate": ["lm_eval>=0.4.13"],
     "convert": ["gguf>=0.17"],
     "test": [
+        *SERVE,
+        "openai>=1.40",
+        "playwright>=1.40",
+        "schemathesis>=4",
         "pytest",
         "hypothesis",
         "transformers>=4.45",
@@ -391,7 +396,7 @@ setup(
     description="Train, fine-tune and serve GPT models, from a laptop's CPU to a cluster",
     python_requires=">=3.11",
     packages=find_packages(include=["gptdist", "gptdist.*"]),
-    package_data={"gptdist": ["_build_error.txt"]},
+    package_data={"gptdist": ["_build_error.txt", "serve/page.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["gptdist = gptdist.cli:main"]},

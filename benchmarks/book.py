@@ -9,8 +9,8 @@ settings. A finished stage is kept in WORK/book.json and not run again (--again 
 its checkpoints; WORK needs 5 GB for each model of 124M. The table has every stage, also those that have not run. The
 exit code is 1 where a value is outside its band or a stage failed.
 
-Bands: counts exact; losses before training within 0.05; losses after it, or the updates until a falling one is reached,
-within 15%; accuracies within 2 points, of the median of three seeds.
+Bands: counts exact; losses before training, and those that end below 0.05, within 0.05; other losses after it, or the
+updates until a falling one is reached, within 15%; accuracies within 2 points, of the median of three seeds.
 """
 
 import argparse
@@ -378,13 +378,16 @@ def ch05_own_weights(book: Book, folder: Path) -> Iterator[Row]:
     yield from pretrain_124m(book, folder, *CH05, updates=86, initial=10.98, train=0.57, val=6.4)
 
 
-@stage("appD-train", "loss 10.97 -> 1.3 train, 6.2 val", files=(VERDICT, GPT2), trains=True)
+@stage("appD-train", "loss 10.97 -> 0.041 train, 6.915 val", files=(VERDICT, GPT2), trains=True)
 def app_d_train(book: Book, folder: Path) -> Iterator[Row]:
-    """124M from the book's random weights on the-verdict, 15 epochs with warmup, cosine and clipping."""
+    """124M from the book's random weights on the-verdict, 15 epochs with warmup, cosine and clipping.
+
+    The ends are those that the book prints with clipping from the first step; its first printing has 0.101 and 6.707.
+    """
     yield from pretrain_124m(
         book, folder, "--train.epochs=15", "--optim.lr=1e-3", "--train.grad_clip=1", "--schedule.name=cosine",
         "--schedule.warmup_steps=27", "--schedule.min_ratio=0.01",
-        f"--checkpoint.init_from={book_weights(book, folder)}", updates=131, initial=10.97, train=1.3, val=6.2)
+        f"--checkpoint.init_from={book_weights(book, folder)}", updates=131, initial=10.97, train=0.041, val=6.915)
     yield differs("warmup begins at 0, not at a learning rate of its own", *PRETRAIN_DIFFERS)
 
 
@@ -405,8 +408,11 @@ def pretrain_124m(book: Book, folder: Path, *overrides: str, updates: int, initi
     yield near("training loss of the first step, with dropout", initial, losses[0], absolute=INITIAL)
     saved, _ = layout.scan(run / "checkpoints")
     curve = {layout.step_of(path): _loss(folder, path, on_itself) for path in saved}
-    yield near(f"updates until the training loss without dropout is {train}", updates, reached(train, curve),
-               share=FINAL, form=".0f")
+    if train < INITIAL:  # the text is known by heart, and no update is one that passes so small a loss
+        yield near(f"training loss without dropout after {updates} updates", train, curve[updates], absolute=INITIAL)
+    else:
+        yield near(f"updates until the training loss without dropout is {train}", updates, reached(train, curve),
+                   share=FINAL, form=".0f")
     yield near(f"validation loss after {updates} updates", val, held_out[updates], share=FINAL)
     for step in (updates, steps):
         yield Row(f"training and validation loss after {step} updates", "", f"{curve[step]:.3f}; {held_out[step]:.3f}",

@@ -255,6 +255,15 @@ def decode_attention(device, dtype, B: int, context: int, H: int, D: int) -> Op:
     return Op(f"B={B} T={context} H={H} D={D}", ours, peers, (least, 0), (products, 0), has_backward=False)
 
 
+def linear(device, dtype, rows: int, inputs: int, outputs: int) -> Op:
+    """Generation's products: bound by reading the weight, until there are many rows."""
+    x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (rows, outputs))
+    ours = Way(ops.linear, (x, weight))
+    peers = {"PyTorch": Way(F.linear, (x, weight)), "reference": replace(ours, on_reference=True)}
+    products = 2 * rows * inputs * outputs
+    return Op(f"[{rows}, {inputs}] x {outputs}", ours, peers, (weight.nbytes, 0), (products, 0), has_backward=False)
+
+
 def adamw(device, dtype, tensors: int, elements: int) -> Op:
     """A step of `tensors` tensors of `elements`, gradients in `dtype`, shadows in it where it has 16 bits."""
     lists = optimizer_lists(device, dtype, (elements,) * tensors)
@@ -341,6 +350,12 @@ FAMILIES = {
         ((1, 1024, 12, 64), (8, 1024, 12, 64)),
         (2, 70, 2, 64),
         cuda_dtypes=(BF16,),
+    ),
+    "few_rows_linear": Family(
+        linear,
+        ((8, 4096, 16384),),
+        ((1, 768, 50304), (8, 768, 50304), (8, 3072, 768)),
+        (3, 65, 40),
     ),
     "adamw_": Family(adamw, ((148, 838860),), ((148, 838860),), (3, 1000)),
     "grad_norm": Family(grad_norm, ((148, 838860),), ((148, 838860),), (3, 1000)),

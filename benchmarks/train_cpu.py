@@ -196,12 +196,17 @@ def measure(name: str, size: Size, shape: Shape, steps: int, warmup: int) -> dic
     return {"seconds": seconds[warmup:], "losses": losses, "peak_bytes": peak}
 
 
-def run_contender(name: str, args: argparse.Namespace, shape: Shape) -> dict:
-    """`measure` in a process of its own."""
+def run_contender(name: str, args: argparse.Namespace, shape: Shape, *, timeout_s: float | None = None,
+                  before: Callable[[], None] | None = None) -> dict:
+    """`measure` in a process of its own, which first calls `before`.
+
+    Raises SystemExit with the end of its errors if it fails, subprocess.TimeoutExpired if it takes longer.
+    """
     command = [sys.executable, "-m", "benchmarks.train_cpu", "--worker", name, "--shapes", str(shape),
                *(word for option in ("steps", "warmup", "layers", "width", "heads", "vocab")
                  for word in (f"--{option}", str(getattr(args, option))))]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment(name), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment(name), capture_output=True, text=True,
+                          timeout=timeout_s, preexec_fn=before)
     if done.returncode:
         raise SystemExit(f"train_cpu: {name} failed at {shape}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,8 @@
-// What attention and decode_attention share on the CPU: argument checks, scratch memory, threads.
+// What attention and decode_attention share on the CPU: argument checks, threads.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,41 +65,12 @@ struct Refusal {
   }
 };
 
-// Scratch memory that stays with its thread: allocated once, and again where a larger task comes.
-inline std::byte* scratch(size_t bytes) {
-  struct Free {
-    void operator()(std::byte* block) const { std::free(block); }
-  };
-  static thread_local std::unique_ptr<std::byte, Free> block;
-  static thread_local size_t held = 0;
-  if (bytes > held) {
-    block.reset();
-    held = 0;
-    block.reset(static_cast<std::byte*>(std::aligned_alloc(64, bytes)));
-    if (!block) throw std::bad_alloc();
-    held = bytes;
-  }
-  return block.get();
-}
-
 // Multiplications worth a thread's while: some 30 microseconds.
 constexpr double kProductsPerThread = 1 << 21;
 
 inline int64_t threads_for(double products) {
   return std::clamp(int64_t(products / kProductsPerThread), int64_t(1), int64_t(torch::stable::get_num_threads()));
 }
-
-// Calls run(i) for every task. Threads take the next one when they are done, so the longest should come first; each
-// task owns what it writes.
-template <class Run>
-void run_tasks(int64_t tasks, int64_t threads, const Run& run) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) run(i);
-  });
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Spans of a sequence, the last one first: it sees the most keys.
 struct Spans {

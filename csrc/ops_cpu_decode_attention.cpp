@@ -67,8 +67,10 @@ Pages<T> pages(const Tensor& cache, const char* name, const Tensor& table) {
 }
 
 template <class T>
-void decode_prompt(const DecodeAttention<T>& args, int64_t threads) {
+void decode_prompt(const DecodeAttention<T>& args, int64_t keys) {
   const AttentionShape& shape = args.shape;
+  const double queries = double(shape.positions) * shape.group;
+  const int64_t threads = threads_for(2.0 * keys * shape.kv_heads * queries * shape.head_dim);
   const AttentionKernels<T>& kernels = attention_kernels<T>(active_isa());
   const int64_t pairs = shape.batch * shape.kv_heads;
   const Spans spans = forward_spans(shape, threads);
@@ -80,8 +82,9 @@ void decode_prompt(const DecodeAttention<T>& args, int64_t threads) {
 }
 
 template <class T>
-void decode_few(const DecodeAttention<T>& args, int64_t threads, int64_t longest, const Tensor& like) {
+void decode_few(const DecodeAttention<T>& args, int64_t keys, int64_t longest, const Tensor& like) {
   const AttentionShape& shape = args.shape;
+  const int64_t threads = threads_for_bytes(2 * keys * shape.kv_heads * shape.head_dim * int64_t(sizeof(T)));
   const AttentionKernels<T>& kernels = attention_kernels<T>(active_isa());
   const int64_t pairs = shape.batch * shape.kv_heads, segments = ceil_div(longest, kSegmentKeys);
   const int64_t floats = shape.positions * shape.group * part_floats(shape.head_dim);  // of a segment
@@ -108,9 +111,8 @@ void decode(const AttentionShape& shape, const Decode& in, const Tensor& out) {
     keys += length_of(shape, b);
     longest = std::max(longest, length_of(shape, b));
   }
-  const int64_t queries = shape.positions * shape.group;
-  const int64_t threads = threads_for(2.0 * keys * shape.kv_heads * queries * shape.head_dim);
-  queries > kFewQueries ? decode_prompt(args, threads) : decode_few(args, threads, longest, out);
+  const bool few = shape.positions * shape.group <= kFewQueries;
+  few ? decode_few(args, keys, longest, out) : decode_prompt(args, keys);
 }
 
 // The context's last position of row b is that of its last query, lengths[b] + Tq - 1. Returns out like q.

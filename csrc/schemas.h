@@ -23,8 +23,9 @@ constexpr const char* kSchemas[] = {
     "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
     "cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor targets, Tensor lse, int ignore_index) -> ()",
-    // CPU only. layer_norm of fp32 x with y in bf16; logits that become their gradient for a dloss of 1 with the pass that
+    // CPU only. A linear layer for up to 8 rows of x. layer_norm of fp32 x with y in bf16; logits that become their gradient for a dloss of 1 with the pass that
     // finds loss and lse; out = (x + addend) scale, where out and addend may be one tensor.
+    "few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "layer_norm_to_bf16_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
     "scaled_sum_(Tensor(a!) out, Tensor x, Tensor? addend, float scale) -> ()",

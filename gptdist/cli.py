@@ -83,6 +83,17 @@ Ctrl-D leaves. Over a pipe every line is a message, and the answers go to stdout
   gptdist chat runs/instruct
   echo "What does shutil.copyfile do?" | gptdist chat runs/instruct --temperature 0"""
 
+SERVE_HELP = """\
+Serve a trained model over HTTP, with OpenAI's interface and a page to talk to it. Base models continue text, those that
+were fine-tuned for instructions chat, classifiers label.
+
+  gptdist serve runs/instruct                       then open http://127.0.0.1:8000
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "What does shutil.copyfile do?"}]}'
+
+Clients that speak to OpenAI take base_url=http://127.0.0.1:8000/v1. Without --host only this machine can ask. Set
+GPTDIST_API_KEY, or --api-key-file, and every request has to bring that key. Ctrl-C finishes running answers first."""
+
 IMPORT_HELP = """\
 Turn another program's GPT-2 into a checkpoint: weights and tokenizer, no optimizer (train on with
 checkpoint.init_from). Nothing is downloaded, and no code in a file is run.
@@ -100,6 +111,16 @@ Write a checkpoint in another program's format.
 
 Adapters (lora.rank above 0) are merged into the weights; peft's format has them alone."""
 
+PLAN_HELP = """\
+What a run needs, before anything is booked: memory of each rank by part and if it fits, communication, time of a step,
+MFU, tokens per day, cost; and the cheapest strategy, micro-batch and recomputation that fit. Nothing is built or run.
+
+  gptdist plan configs/gpt2-124m.yaml --world-size 8 --device h100-80gb --price 2.5 --model.vocab_size=50257
+  gptdist plan configs/quickstart.yaml --world-size 2 --device cpu --memory 4 --model.vocab_size=512
+
+Values of the configuration are overridden as in `gptdist train`. Times are estimates: benchmarks/results/plan.md has
+what they are fitted to and how far they are off elsewhere."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptdist", description="Train GPT models, on a laptop or a cluster.")
@@ -110,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_classify(commands)
     _add_evaluate(commands)
     _add_contamination(commands)
@@ -120,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_config(commands)
+    _add_plan(commands)
     _add_doctor(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -168,6 +191,22 @@ def _add_config(commands) -> None:
     parser.add_argument("--show", action="store_true", help="print it (the default action)")
     parser.add_argument("--deepspeed", action="store_true", help="print the DeepSpeed JSON that it means (zero1-3)")
     parser.add_argument("--processes", type=int, default=1, help="with --deepspeed: for this many (default: 1)")
+
+
+def _add_plan(commands) -> None:
+    parser = _command(commands, "plan", run_plan, "what a run will need: memory, time, cost; the cheapest that fits",
+                      PLAN_HELP)
+    parser.add_argument("config", help="YAML configuration")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes, one for each device")
+    parser.add_argument("--device", required=True, help="a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, "
+                                                        "l40s-48gb, or cpu")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node (default: 8)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="of a device, in place of the table's")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of a device, in place of the table's")
+    parser.add_argument("--intra-gbs", type=float, metavar="X", help="GB/s from a device to others of its node")
+    parser.add_argument("--inter-gbs", type=float, metavar="X", help="GB/s from a device to other nodes")
+    parser.add_argument("--price", type=float, metavar="X", help="of a device and hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="machine-readable output: bytes, seconds, FLOPs")
 
 
 def _add_doctor(commands) -> None:
@@ -283,14 +322,18 @@ def _add_prepare(commands) -> None:
                              "with Python (its topics and docstrings, 2.2 MB)")
     parser.add_argument("--output", required=True, help="directory to create: train/, val/, tokenizer/, report.json")
     parser.add_argument("--tokenizer", required=True,
-                        help="bytes; gpt2; bpe:VOCAB (trained on the input); or a path: a directory with encoder.json "
-                             "and vocab.bpe, a .tiktoken file, a prepared dataset or a checkpoint's tokenizer/")
+                        help="bytes; char (the input's characters); gpt2; bpe:VOCAB (trained on the input); or a path: "
+                             "a directory with encoder.json and vocab.bpe, a .tiktoken file, a prepared dataset or a "
+                             "checkpoint's tokenizer/")
     parser.add_argument("--text-field", default="text", help="JSONL: the field with the text (default: %(default)s)")
     parser.add_argument("--document-separator", metavar="TEXT",
                         help="plain text: `blank-line`, or a text such as <|endoftext|>; default: a file is a document")
     parser.add_argument("--max-document-chars", type=int,
                         help="cut longer plain-text documents at the next paragraph")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default: 0.05)")
+    parser.add_argument("--split", choices=("documents", "tail"), default="documents",
+                        help="what is held out: documents; or tail: the end of the text, by characters, the input "
+                             "being one text without <|endoftext|> (default: %(default)s)")
     parser.add_argument("--min-chars", type=int, default=1, help="drop shorter documents (default: %(default)s)")
     parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep exact duplicates")
     parser.add_argument("--no-normalize", dest="normalize", action="store_false", help="leave Unicode as it is")
@@ -338,6 +381,28 @@ def _add_chat(commands) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+
+
+def _add_serve(commands) -> None:
+    parser = _command(commands, "serve", run_serve, "serve a model over HTTP, with a page to talk to it", SERVE_HELP)
+    _add_checkpoint(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every machine that reaches "
+                                                            "this one can ask (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: that of its run)")
+    parser.add_argument("--template", help="instead of the one the model was fine-tuned with: see `gptdist chat`")
+    parser.add_argument("--api-key-file", metavar="FILE", help="its first line is the key that every request has to "
+                                                               "bring (default: GPTDIST_API_KEY, or none)")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers computed together (default: %(default)s)")
+    parser.add_argument("--cache-tokens", type=int, default=0, help="size of the key/value cache; default: 16 contexts")
+    parser.add_argument("--queue", type=int, default=128, help="answers that may wait before clients are told to come "
+                                                               "back later (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one answer may take (default: "
+                                                                     "%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
+    parser.add_argument("--open", dest="open_page", action="store_true", help="open the page in a browser")
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -433,6 +498,27 @@ def run_chat(args: argparse.Namespace) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     Terminal(open_chat(_checkpoint(args), sampling, template=args.template, system=args.system,
                        device=_device(args.device), dtype=dtype, verify=args.verify)).run()
+    return EXIT_DONE
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    import torch
+
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingError(f"the package {error.name} is not here: install the extra with `pip install "
+                           f"'gptdist[serve]'`") from error
+    from gptdist.serve.command import ServeOptions, serve
+    from gptdist.serve.engine import Limits
+
+    limits = Limits(rows=args.batch_size, cache_tokens=args.cache_tokens, queue=args.queue, timeout_s=args.timeout)
+    serve(_checkpoint(args), ServeOptions(
+        host=args.host, port=args.port, name=args.name, template=args.template, device=_device(args.device),
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], verify=args.verify,
+        open_page=args.open_page, api_key_file=args.api_key_file, limits=limits))
     return EXIT_DONE
 
 
@@ -614,13 +700,26 @@ def run_config(args: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
+def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gptdist import config
+    from gptdist.plan import make_plan, report
+    from gptdist.plan.devices import find_device
+
+    device = find_device(args.device, memory_gb=args.memory, peak_tflops=args.peak_tflops, intra_gbs=args.intra_gbs,
+                         inter_gbs=args.inter_gbs)
+    plan = make_plan(config.load(args.config, overrides), args.world_size, device, per_node=args.per_node,
+                     price=args.price)
+    print(report.run(plan, json=args.json))
+    return EXIT_DONE
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     from gptdist import doctor
 
     return doctor.run(json=args.json)
 
 
-TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_sweep)
+TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan, run_sweep)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

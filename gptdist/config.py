@@ -96,12 +96,19 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: str = _option("", "dataset directory written by `gptdist prepare` (holds train/, val/ and tokenizer/)")
+    input: str = _option("", "text file that data.path is made of, where that is not there yet: as `gptdist prepare "
+                             "--split tail` does it")
+    tokenizer: str = _option("char", "of data.input: char, bytes, gpt2, bpe:VOCAB or a path")
+    val_fraction: float = _option(0.1, "share of data.input's characters, its last ones, that are for validation")
     shuffle: bool = _option(True, "visit the windows in a keyed random order, another one each epoch")
     document_mask: bool = _option(False, "attention does not look across document borders inside a window")
     workers: int = _option(1, "threads that read batches ahead; 0 reads in line. Never changes which tokens are seen")
     skip: list[list[int]] = _option((), "sample ranges [start, stop) to leave out, e.g. after a loss spike")
 
     def __post_init__(self) -> None:
+        _require(not self.input or bool(self.path),
+                 f"data.input={self.input}, but data.path is empty: set it to the directory to prepare it in")
+        _require(0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
         _require(self.workers >= 0, f"data.workers is {self.workers}, expected 0 or more")
         object.__setattr__(self, "skip", [list(pair) for pair in self.skip])
         for pair in self.skip:
@@ -158,16 +165,28 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, 2019); decay on matrices only."""
+    """AdamW (Loshchilov & Hutter, 2019); decay on matrices only. Or Muon (Jordan et al., 2024) beside it."""
 
+    name: Literal["adamw", "muon"] = _option(
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases; with "
+                 "parallel.strategy=single, ddp, fsdp or hsdp")
     lr: float = _option(6e-4, "peak learning rate")
     beta1: float = _option(0.9, "decay of the first moment")
     beta2: float = _option(0.95, "decay of the second moment")
     eps: float = _option(1e-8, "added to the root of the second moment")
     weight_decay: float = _option(0.1, "decoupled weight decay on tensors with two or more dimensions")
+    muon_lr: float = _option(0.02, "muon: peak learning rate of the blocks' matrices")
+    momentum: float = _option(0.95, "muon: decay of the momentum")
+    nesterov: bool = _option(True, "muon: Nesterov's momentum")
+    newton_schulz_steps: int = _option(5, "muon: iterations that orthogonalise a matrix, in train.precision")
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < float("inf"), f"optim.lr is {self.lr}, expected > 0 and finite")
+        for name in ("lr", "muon_lr"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"optim.{name} is {value}, expected > 0 and finite")
+        _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}, expected 0 <= momentum < 1")
+        _require(self.newton_schulz_steps > 0,
+                 f"optim.newton_schulz_steps is {self.newton_schulz_steps}, expected at least 1")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}, expected 0 <= beta < 1")
         _require(self.eps > 0, f"optim.eps is {self.eps}, expected > 0")
@@ -434,6 +453,9 @@ class Config:
         _require(self.is_finetuning or tokens % context == 0,
                  f"train.tokens_per_step={tokens} is not a multiple of model.context={context}: "
                  f"use {max(1, round(tokens / context)) * context}")
+        _require(not (self.is_finetuning and self.data.input),
+                 f"data.input={self.data.input} is for pretraining, but task.name={self.task.name}: use "
+                 f"task.train_data")
         _require(self.train.epochs > 0 or self.schedule.warmup_steps <= self.train.steps,
                  f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
         _require(self.lora.rank == 0 or self.lora.save == "all" or self.checkpoint.init_from is not None,
@@ -449,11 +471,22 @@ class Config:
         _require(not self.eval.tasks or self.parallel.tensor == 1,
                  f"eval.tasks with parallel.tensor={self.parallel.tensor}: it divides the positions of a sequence, and "
                  f"cannot go on from a single one; use `gptdist evaluate` on the checkpoints")
+        self._check_muon()
         self._check_tensor_parallel()
         # An input that is divided by channels has no mask that is the same however many processes divide it.
         _require(self.lora.rank == 0 or self.lora.dropout == 0 or self.parallel.tensor == 1,
                  f"lora.dropout={self.lora.dropout} with parallel.tensor={self.parallel.tensor}: adapters have no "
                  f"dropout where processes divide their input; use lora.dropout=0, or parallel.tensor=1")
+
+    def _check_muon(self) -> None:
+        """Muon orthogonalises whole matrices."""
+        strategy, tensor, advice = self.parallel.strategy, self.parallel.tensor, "use fsdp, or optim.name=adamw"
+        _require(self.optim.name == "adamw" or not strategy.startswith("zero"),
+                 f"optim.name=muon with parallel.strategy={strategy}: Muon needs whole matrices, and DeepSpeed steps "
+                 f"flat partitions that cut them anywhere; {advice}")
+        _require(self.optim.name == "adamw" or tensor == 1,
+                 f"optim.name=muon with parallel.tensor={tensor}: Muon needs whole matrices, and each process steps "
+                 f"its part of them; use parallel.tensor=1, or optim.name=adamw")
 
     def _check_tensor_parallel(self) -> None:
         """Whatever parallel.tensor processes divide among them has equal parts."""

@@ -17,6 +17,7 @@ import torch
 
 from .errors import EXIT_DONE
 from .ops import backends
+from .parallel import host
 
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("deepspeed", "numpy", "tiktoken", "tokenizers", "safetensors", "transformers", "triton")
@@ -63,6 +64,16 @@ def _cpu() -> dict:
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch_vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _training() -> dict:
+    """What a process that trains on this CPU sets (parallel/host.py)."""
+    return {
+        "physical_cores": host.physical_cores(),
+        "bf16_products": host.has_bf16(torch.device("cpu")),
+        "flushes_denormals": host.can_flush_denormals(),
+        "keeps_freed_memory": host.can_keep_freed_memory(),
     }
 
 
@@ -136,6 +147,7 @@ def collect() -> dict:
             "git": torch.version.git_version[:10],
         },
         "cpu": _cpu(),
+        "cpu_training": _training(),
         "devices": _devices(),
         "tools": {
             "compiler": _version_line([*compiler, "--version"]),
@@ -154,6 +166,7 @@ def collect() -> dict:
 def _summary(found: dict) -> list[tuple[str, str]]:
     """Rows of the first table."""
     cpu, library, cuda = found["cpu"], found["library"], found["cuda_library"]
+    training = found["cpu_training"]
     devices = [f"{d['device']} {d['name']}, {d['memory_gib']} GiB, sm {d['capability']}" for d in found["devices"]]
     rows = [
         ("gptdist", found["gptdist"] or "not installed (running from its source)"),
@@ -162,6 +175,13 @@ def _summary(found: dict) -> list[tuple[str, str]]:
         ("devices", "\n".join(devices) or f"cpu only: {backends.cuda_device_problem()}"),
         ("cpu", f"{cpu['model']}: {' '.join(cpu['features']) or 'features unknown'}"),
         ("threads", f"{cpu['torch_threads']} in torch, {cpu['usable_cores']} usable cores of {cpu['cores']}"),
+        (
+            "training on the cpu",
+            f"{training['physical_cores']} physical cores, so many threads for one process, an Nth for each of N\n"
+            f"denormals {'flushed' if training['flushes_denormals'] else 'not flushed: this processor cannot'}\n"
+            f"freed memory {'kept' if training['keeps_freed_memory'] else 'not kept: the C library is not glibc'}\n"
+            f"bf16 products {'in hardware' if training['bf16_products'] else 'not in hardware'}",
+        ),
         *((name, value or "not found") for name, value in found["tools"].items()),
         ("communication", ", ".join(name for name, there in found["distributed"].items() if there) or "none"),
         *((name, value or "not installed") for name, value in found["packages"].items() if name == "deepspeed"),

@@ -82,7 +82,7 @@ class PagedCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, Hkv, D) in the reserved slots; returns the layer's pages."""
         for pages, new in ((self.k[layer], k), (self.v[layer], v)):
-            pages.view(-1, *pages.shape[2:])[self._slots] = new.flatten(0, 1).to(pages.dtype)
+            pages.view(-1, *pages.shape[2:]).index_copy_(0, self._slots, new.flatten(0, 1).to(pages.dtype))
         return self.k[layer], self.v[layer]
 
     def advance(self, counts: Tensor) -> None:
@@ -207,6 +207,8 @@ class Generator:
 
     def _choose(self, row: Row, logits: Tensor, sampling: Sampling) -> int:
         """The next token of a row from its logits (V,)."""
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1.0:
+            return int(logits.argmax())  # which neither top-k nor top-p removes
         scores = filter_logits(logits.float().cpu(), row.tokens, sampling)
         if sampling.temperature == 0:
             return int(scores.argmax())

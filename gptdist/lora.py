@@ -36,6 +36,10 @@ class HeadRows:
     slots: int
     head_dim: int
 
+    @classmethod
+    def of(cls, model: ModelConfig) -> "HeadRows":
+        return cls(model.n_heads // model.kv_heads + 2, model.head_dim)
+
     def spread(self, lora_B: Tensor) -> Tensor:
         """(rows, rank) -> (rows, 3 rank): each row in its block of columns (queries, keys, values), zeros elsewhere.
 
@@ -147,7 +151,7 @@ def head_rows(model: ModelConfig, config: LoRAConfig, name: str) -> HeadRows | N
     """The layout of the rows of the linear layer `name`, where its adapter depends on it."""
     if not (config.split_qkv and name.endswith("attn.qkv")):
         return None
-    return HeadRows(model.n_heads // model.kv_heads + 2, model.head_dim)
+    return HeadRows.of(model)
 
 
 def factors(lora_A: Tensor, lora_B: Tensor, config: LoRAConfig, heads: HeadRows | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gptdist import ops
@@ -72,10 +71,10 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor, dropout: Dropout | None) -> Tensor:
         """x (B, T, in), all positions -> (B, T, out), without the bias."""
-        return F.linear(x, self.factor(x))
+        return ops.linear(x, self.factor(x))
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-        return F.linear(x, self.factor(x), self.bias)
+        return ops.linear(x, self.factor(x), self.bias)
 
 
 class Whole:
@@ -323,7 +322,7 @@ class LanguageModel(GPT):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size) fp32."""
         weight = shadowed(self.head_weight, self.head_shadow, hidden)
-        return F.linear(hidden, weight)[..., :self.config.vocab_size].float()
+        return ops.linear(hidden, weight)[..., :self.config.vocab_size].float()
 
 
 class Classifier(GPT):

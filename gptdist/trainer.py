@@ -24,13 +24,14 @@ from gptdist.checkpoint.restore import load_state
 from gptdist.checkpoint.saver import Saver
 from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
+from gptdist.data.prepare import prepare_input
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
 from gptdist.evaluate.items import TaskSet
 from gptdist.evaluate.scorer import Scorer
 from gptdist.evaluate.suite import Asked, Options, main_metrics, open_tasks, run_task
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
-from gptdist.optim.adamw import build_adamw
+from gptdist.optim.build import build_optimizer
 from gptdist.optim.schedule import lr_factor
 from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import World
@@ -70,6 +71,8 @@ class Trainer:
     def __init__(self, config: Config, world: World):
         self.world = world
         self.ranks = Ranks(None)
+        if config.data.input:
+            self.ranks.on_coordinator(lambda: prepare_input(config.data))
         self.task = self.ranks.on_all(lambda: make_task(config, world))
         self._check_same_data()
         self.config = self.task.config
@@ -115,7 +118,7 @@ class Trainer:
         source = self._choose_start()
         model = self.task.build()
         self._n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.strategy.prepare(model, lambda parameters: build_adamw(parameters, self.config.optim))
+        self.strategy.prepare(model, lambda parameters: build_optimizer(parameters, self.strategy.config))
         self._restore(source)
         self.base = self.ranks.on_coordinator(lambda: find_base(self.config, source))
         self._announce(source)

@@ -11,6 +11,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/few_rows_linear.h"
 
 using namespace gptdist::cpu;
 
@@ -155,6 +156,22 @@ void bias_gelu(int64_t rows, int64_t channels, Isa isa) {
 }
 
 template <class T>
+void few_rows_linear(int64_t rows, int64_t inputs, int64_t outputs, Isa isa) {
+  const auto x = numbers<T>(rows * inputs), weight = numbers<T>(outputs * inputs), bias = numbers<T>(outputs);
+  std::vector<T> y(rows * outputs);
+  const auto& kernels = few_rows_linear_kernels<T>(isa);
+  const Scratch scratch((kernels.packed_bytes(rows, inputs) + 63) / 64 * 64);
+  for (const T* added : {bias.data(), static_cast<const T*>(nullptr)}) {
+    const FewRowsLinear<T> args{x.data(), weight.data(), added, y.data(), rows, inputs, outputs};
+    kernels.pack(args, scratch.block.get());
+    const int64_t middle = outputs < 16 ? outputs : 16;
+    kernels.outputs(args, scratch.block.get(), middle, outputs);
+    kernels.outputs(args, scratch.block.get(), 0, middle);
+    check(y, "y of few_rows_linear");
+  }
+}
+
+template <class T>
 void all(Isa isa) {
   for (const Case& c : {Case{1, 1, 16, true, false, false},
                         {7, 2, 48, true, true, true},
@@ -167,6 +184,9 @@ void all(Isa isa) {
   }
   for (const int64_t queries : {1, 3, 70}) {
     for (const int64_t D : {16, 64, 80}) decode<T>(queries, 2, D, 7, isa);
+  }
+  for (int64_t rows = 1; rows <= kMaxFewRows; ++rows) {
+    for (const int64_t inputs : {1, 32, 77}) few_rows_linear<T>(rows, inputs, 10 * rows + 1, isa);
   }
   for (const int64_t channels : {1, 15, 16, 33, 1050}) bias_gelu<T>(3, channels, isa);
 }

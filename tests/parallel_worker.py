@@ -19,6 +19,7 @@ from gptdist.parallel.strategies import make_strategy  # noqa: E402
 from gptdist.parallel.world import init_world  # noqa: E402
 from tests.training import run_tiny, run_worker  # noqa: E402
 
+MUON = ["--optim.name=muon", "--model.n_kv_heads=2"]
 CASES = {
     "ddp": ["--parallel.strategy=ddp"],
     "fsdp": ["--parallel.strategy=fsdp"],
@@ -28,8 +29,20 @@ CASES = {
                              "--model.n_kv_heads=2", "--train.activation_checkpointing=full"],
     "fsdp-masked": ["--parallel.strategy=fsdp", "--data.path={masked}"],
     "ddp-masked": ["--parallel.strategy=ddp", "--data.path={masked}"],
+    "ddp-muon": ["--parallel.strategy=ddp", *MUON],
+    "fsdp-muon": ["--parallel.strategy=fsdp", *MUON],
+    "hsdp-muon": ["--parallel.strategy=hsdp", "--parallel.replicas=2", *MUON],
+    "fsdp-muon-lora": ["--parallel.strategy=fsdp", *MUON, "--lora.rank=4", "--lora.split_qkv=true"],
     "fsdp-bf16": ["--parallel.strategy=fsdp", "--train.precision=bf16"],
 }
+ONLY_AT = {"hsdp-muon": 4, "fsdp-muon-lora": 3}  # shards and replicas; ranks that have nothing of an adapter's A
+RESUMED = ["fsdp-dropout", "fsdp-muon"]
+CHAINS = {"chain": [], "chain-muon": MUON}
+
+
+def cases_of(world: int) -> list[str]:
+    """The cases that run at a world size."""
+    return [name for name in CASES if ONLY_AT.get(name, world) == world]
 
 
 def case_options(name: str, out: Path) -> list[str]:
@@ -39,13 +52,15 @@ def case_options(name: str, out: Path) -> list[str]:
 
 def main(data: Path, out: Path, chain_stop: int, chain_strategy: str) -> None:
     world = int(dist_world())
-    for name in CASES:
+    for name in cases_of(world):
         run_tiny(data, out / f"{name}-{world}", *case_options(name, out), "--data.workers=2")
     # Resume at the same world size, here bit for bit.
-    run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"], "--train.stop_at=9")
-    run_tiny(data, out / f"resumed-{world}", *CASES["fsdp-dropout"])
-    # The chain: one run that goes on at every world size in turn.
-    run_tiny(data, out / "chain", f"--parallel.strategy={chain_strategy}", f"--train.stop_at={chain_stop}")
+    for name in RESUMED:
+        run_tiny(data, out / f"{name}-resumed-{world}", *CASES[name], "--train.stop_at=9")
+        run_tiny(data, out / f"{name}-resumed-{world}", *CASES[name])
+    # The chains: each one run that goes on at every world size in turn.
+    for name, options in CHAINS.items():
+        run_tiny(data, out / name, *options, f"--parallel.strategy={chain_strategy}", f"--train.stop_at={chain_stop}")
     check_no_rank_holds_the_model(out, world)
     check_tied_after_sharding(out)
 

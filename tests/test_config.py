@@ -57,6 +57,12 @@ def test_resolved_configuration_round_trips():
     ("train: {activation_checkpointing: 0}", "expected none, full or n >= 1"),
     ("schedule: {warmup_steps: 2000}", "schedule.warmup_steps=2000 exceeds train.steps=1000"),
     ("optim: {lr: -1}", "optim.lr is -1.0"),
+    ("optim: {name: moun}", "optim.name is 'moun', expected 'adamw' | 'muon'"),
+    ("optim: {muon_lr: .inf}", "optim.muon_lr is inf, expected > 0 and finite"),
+    ("optim: {momentum: 1}", "optim.momentum is 1.0, expected 0 <= momentum < 1"),
+    ("optim: {newton_schulz_steps: 0}", "optim.newton_schulz_steps is 0, expected at least 1"),
+    ("{optim: {name: muon}, parallel: {strategy: zero2}}", "optim.name=muon with parallel.strategy=zero2: Muon needs"),
+    ("{optim: {name: muon}, parallel: {strategy: fsdp, tensor: 2}}", "optim.name=muon with parallel.tensor=2: Muon"),
     ("data: {skip: [[5, 3]]}", "data.skip has"),
     ("run: {seed: -1}", "run.seed is -1"),
 ])

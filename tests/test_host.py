@@ -38,6 +38,13 @@ def test_a_quota_bounds_them(machine, quota, cores):
     assert host.physical_cores() == cores
 
 
+@pytest.mark.parametrize("flushing", [False, True])
+def test_asking_for_denormals_changes_nothing(flushing):
+    torch.set_flush_denormal(flushing)
+    host.can_flush_denormals()
+    assert ((torch.full((1,), 2.0**-130) * 1.0).item() == 0.0) == (flushing and host.can_flush_denormals())
+
+
 def test_freed_memory_is_kept():
     """In a process of its own: a buffer that is taken and freed again and again comes to meet no new page.
 

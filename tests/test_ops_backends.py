@@ -126,9 +126,14 @@ def test_doctor(capsys, monkeypatch):
     assert {row["op"] for row in found["ops"]} == set(backends.OPS)
     assert all("forced" in row["cpu"]["reason"] for row in found["ops"])
     assert found["torch"]["version"] == torch.__version__
+    assert found["cpu_training"]["physical_cores"] >= 1
+    assert {type(value) for value in found["cpu_training"].values()} == {int, bool}
     assert set(found["cuda_library"]) == {"path", "problem", "runtime", "driver"}
     assert doctor.run() == 0
-    assert "bias_gelu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bias_gelu" in said
+    for line in ("physical cores", "denormals", "freed memory"):
+        assert line in said
 
 
 def test_importing_ops_loads_no_library():

@@ -96,6 +96,7 @@ OPCHECKS = {
     "bias_gelu_fwd": (X, BIAS),
     "bias_gelu_fwd transposed": (randn(6, 5).t(), None),
     "bias_gelu_bwd": (randn(2, 5, 6), X, BIAS),
+    "few_rows_linear": (randn(2, 6, grad=False), randn(5, 6, grad=False), randn(5, grad=False)),
     "cross_entropy_fwd": (randn(4, 9), TARGETS, -100),
     "cross_entropy_bwd": (randn(4), randn(4, 9), TARGETS, randn(4), -100),
     "linear_cross_entropy_fwd": (randn(4, 6), randn(9, 6), TARGETS, None, 8, -100, False, False),

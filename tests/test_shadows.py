@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from gptdist.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
+from gptdist.config import Config, LoRAConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from gptdist.model import build
-from gptdist.optim.adamw import build_adamw
+from gptdist.optim.build import build_optimizer
 from gptdist.parallel.strategies import Strategy, make_strategy
 from gptdist.parallel.world import World
 
 TOKENS = torch.arange(32).view(2, 16) % 29
 
 
-def prepared(precision: str = "bf16", tied: bool = True, lora_rank: int = 0) -> Strategy:
+def prepared(precision: str = "bf16", tied: bool = True, lora_rank: int = 0,
+             optim: OptimConfig = OptimConfig()) -> Strategy:  # noqa: B008 (it is frozen)
     model = ModelConfig(context=16, width=64, n_layers=2, n_heads=2, vocab_size=29, tied=tied)
     config = Config(model=model, train=TrainConfig(precision=precision), lora=LoRAConfig(rank=lora_rank),
-                    parallel=ParallelConfig(strategy="single", device="cpu"))
+                    optim=optim, parallel=ParallelConfig(strategy="single", device="cpu"))
     strategy = make_strategy(World(0, 1, torch.device("cpu"), "single", None), config)
-    strategy.prepare(build(config), lambda parameters: build_adamw(parameters, config.optim))
+    strategy.prepare(build(config), lambda parameters: build_optimizer(parameters, strategy.config))
     return strategy
 
 

@@ -22,8 +22,9 @@ LAYERS = [
     {"config"},
     {"errors"},
 ]
-# data, metrics, faults and doctor are leaves beside the ladder: they know only config, errors and, for doctor, ops.
-EXTRA = {("doctor", "ops")}
+# data, metrics, faults and doctor are leaves beside the ladder: they know only config, errors and, for doctor, what it
+# reports of ops and of parallel/host.py.
+EXTRA = {("doctor", "ops"), ("doctor", "parallel")}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 

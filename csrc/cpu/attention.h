@@ -129,7 +129,7 @@ struct AttentionKernels {
 template <class T>
 const AttentionKernels<T>& attention_kernels(Isa isa);
 
-// One table for each instruction set, in attention_*.cpp. fp32 has no use for bf16 products.
+// One table for each instruction set, in simd_*.cpp. fp32 has no use for bf16 products.
 extern const AttentionKernels<float> kFp32Portable, kFp32Avx2, kFp32Avx512;
 extern const AttentionKernels<Bf16> kBf16Portable, kBf16Avx2, kBf16Avx512, kBf16Avx512Bf16;
 

@@ -1,4 +1,4 @@
-// The backward of attention on a CPU. Included by attention_*.cpp after attention_forward.h.
+// The backward of attention on a CPU. Included by simd_*.cpp after attention_forward.h.
 //
 //   P = 2^(x - log2(e) L)        x: attention_forward.h; Z: dropout's factor
 //   dv = (P Z)^T do,  dS = P (do v^T Z - delta),  delta = rowsum(do out),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)

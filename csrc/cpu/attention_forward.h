@@ -1,4 +1,4 @@
-// The forward of attention on a CPU. Included by attention_*.cpp after attention_tiles.h.
+// The forward of attention on a CPU. Included by simd_*.cpp after attention_tiles.h.
 //
 //   x = log2(e) q k^T / sqrt(D),  m = max_s x,  l = sum_s 2^(x - m)
 //   out = (sum_s 2^(x - m) Z v) / l,  L = ln2 m + ln l

@@ -1,5 +1,5 @@
 // Where the tasks of attention and of decode_attention find q and a tile of k (slot 0) or v (slot 1), and put L.
-// Included by attention_*.cpp after attention_tiles.h.
+// Included by simd_*.cpp after attention_tiles.h.
 
 namespace gptdist::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// Tiles of attention on a CPU: packing, products, masks. Included by attention_*.cpp after simd.h.
+// Tiles of attention on a CPU: packing, products, masks. Included by simd_*.cpp after simd.h.
 //
 // A product C[M x N] (+)= A[M x K] B[K x N] walks K in steps. A step holds one fp32 element, or a pair of bf16 that
 // dpbf16 multiplies and adds in fp32; either is a unit of 32 bits. A unit of A is broadcast, a vector of B's units

@@ -1,4 +1,4 @@
-// decode_attention on a CPU. Included by attention_*.cpp after attention_forward.h, whose mathematics it shares.
+// decode_attention on a CPU. Included by simd_*.cpp after attention_forward.h, whose mathematics it shares.
 //
 // Many queries (a prompt) are the forward's tasks over tiles of keys gathered from the pages. Few queries of a kv head
 // are bound by the memory that k and v are read from: 4, 2 or 1 at a time are taken over kSegmentKeys keys,
@@ -104,23 +104,33 @@ GPTDIST_INLINE void decode_segment(const DecodeAttention<T>& args, int64_t b, in
   }
 }
 
+// out of kVectors vectors of channels from d: sum_i 2^(m_i - m) part_i[d] / sum_i 2^(m_i - m) part_i[D + 1]
+template <int kVectors, class T>
+GPTDIST_INLINE void sum_channels(const float* parts, int64_t count, int64_t stride, int64_t D, float maximum, int64_t d,
+                                 T* out) {
+  Floats sums[kVectors] = {}, denominator{};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* part = parts + i * stride;
+    const Floats factor = exp2(broadcast(part[D] - maximum));
+    denominator += factor * part[D + 1];
+    for (int v = 0; v < kVectors; ++v) sums[v] += factor * load(part + d + v * kLanes);
+  }
+  const Floats scale = 1.0f / denominator;
+  for (int v = 0; v < kVectors; ++v) store(out + d + v * kLanes, sums[v] * scale);
+}
+
 template <class T>
 GPTDIST_INLINE void sum_parts(const DecodeAttention<T>& args, int64_t b, int64_t h, const float* parts, int64_t count,
                               int64_t stride) {
   const int64_t D = args.shape.head_dim, G = args.shape.group;
   for (int64_t row = 0; row < args.shape.positions * G; ++row) {
     const float* first = parts + row * part_floats(D);
-    float maximum = kNoMaximum, denominator = 0.0f;
+    float maximum = kNoMaximum;
     for (int64_t i = 0; i < count; ++i) maximum = first[i * stride + D] > maximum ? first[i * stride + D] : maximum;
-    alignas(64) float sums[kMaxHeadDim] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const float* part = first + i * stride;
-      const Floats factor = exp2(broadcast(part[D] - maximum));
-      denominator += factor[0] * part[D + 1];
-      for (int64_t d = 0; d < D; d += kLanes) store(sums + d, load(sums + d) + factor * load(part + d));
-    }
     T* out = args.out.at(b, row / G, h, row % G);
-    for (int64_t d = 0; d < D; d += kLanes) store(out + d, load(sums + d) * (1.0f / denominator));
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes) sum_channels<4>(first, count, stride, D, maximum, d, out);
+    for (; d < D; d += kLanes) sum_channels<1>(first, count, stride, D, maximum, d, out);
   }
 }
 

@@ -1,4 +1,4 @@
-// Vectors of kLanes floats for the instruction set of the file that includes this one (attention_*.cpp), which sets
+// Vectors of kLanes floats for the instruction set of the file that includes this one (simd_*.cpp), which sets
 // GPTDIST_ISA and the compiler's target first. Arithmetic is the compilers' vector extension: one source for every
 // processor. Intrinsics stand only where it has no word for an instruction.
 //

@@ -90,8 +90,10 @@ def not_in_base(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
 
     shapes: the weight_shapes of the base.
     """
+    trained = {key.removeprefix("optim.").rpartition(".")[0] for key in state if key.startswith("optim.")}
+
     def is_held(key: str, tensor: Tensor) -> bool:
-        trained = f"optim.{key.removeprefix('model.')}.step" in state
-        return not key.startswith("model.") or trained or shapes.get(key) != tuple(tensor.shape)
+        name = key.removeprefix("model.")
+        return name == key or name in trained or shapes.get(key) != tuple(tensor.shape)
 
     return {key: tensor for key, tensor in state.items() if is_held(key, tensor)}

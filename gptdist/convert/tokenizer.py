@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptdist.checkpoint.files import user_errors
 from gptdist.convert.files import read_json
-from gptdist.data.tokenizer import EOT, GPT2_PATTERN, Tokenizer, check_has_all_bytes
+from gptdist.data.tokenizer import EOT, GPT2_PATTERN, CharTokenizer, Tokenizer, check_has_all_bytes
 from gptdist.data.tokenizer_build import build, unicode_to_bytes
 from gptdist.errors import UserError
 
@@ -154,7 +154,10 @@ def printable(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]]:
 
 
 def hugging_face_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
-    """The files that AutoTokenizer loads, by name."""
+    """The files that AutoTokenizer loads, by name. Raises UserError for a tokenizer of characters."""
+    if isinstance(tokenizer, CharTokenizer):
+        raise UserError(f"tokenizer {tokenizer.name} has characters for tokens, which Hugging Face's byte-level BPE is "
+                        f"not: prepare the data with bytes, bpe:VOCAB or gpt2 for a model to export")
     vocab, merges = printable(tokenizer)
     added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": True} for name, i in sorted(tokenizer.specials.items(), key=lambda item: item[1])]

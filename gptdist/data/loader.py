@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptdist.data.format import TokenDataset
 from gptdist.data.order import SampleOrder
+from gptdist.data.shares import check_world, micro_batches_per_step
 from gptdist.errors import UserError
 
 IGNORED = -100  # target of a position that does not count, as in torch.nn.functional.cross_entropy
@@ -53,16 +54,6 @@ class StepBatch:
 def rank_share(sequences: int, rank: int, world: int) -> tuple[int, int]:
     """Return the [start, stop) of `sequences` that `rank` of `world` takes: floor(r G / W), floor((r + 1) G / W)."""
     return rank * sequences // world, (rank + 1) * sequences // world
-
-
-def micro_batches_per_step(sequences: int, world: int, micro_batch: int) -> tuple[int, int]:
-    """Return (how many micro-batches every rank runs, rows of each): enough for the largest share, ceil(G / W).
-
-    At most `micro_batch` rows, and no more than that takes: a row of padding costs as much as any other.
-    """
-    largest_share = -(-sequences // world)
-    count = -(-largest_share // micro_batch)
-    return count, -(-largest_share // count)
 
 
 def numbers_of_step(next_sample: int, count: int, skipped: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -306,16 +297,6 @@ def _check_sizes(context: int, sequences_per_step: int, micro_batch: int, world:
             "at least 1; use a larger train.tokens_per_step"
         )
     check_world(sequences_per_step, world)
-
-
-def check_world(sequences_per_step: int, world: int) -> None:
-    """Raise UserError if some of `world` processes would have no sequence of a step."""
-    if world > sequences_per_step:
-        raise UserError(
-            f"world size {world} is larger than the {sequences_per_step} sequences of a step (train.tokens_per_step / "
-            "model.context), so some ranks would have nothing to do; use fewer processes or a larger "
-            "train.tokens_per_step"
-        )
 
 
 def checked_ranges(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ The calling thread reads, cleans and writes; worker threads tokenize (tiktoken r
 
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from gptdist.config import DataConfig
 from gptdist.data.clean import Cleaner, SeenDigests
 from gptdist.data.corpus import embedded_documents
 from gptdist.data.format import TOKEN_DTYPES, token_dtype
@@ -40,7 +43,7 @@ class PrepareConfig:
     output: str
     """Directory to create: train/, val/, tokenizer/, report.json."""
     tokenizer: str = "gpt2"
-    """bytes, gpt2, bpe:VOCAB, or a path; see `gptdist.data.tokenizer_build`."""
+    """bytes, char, gpt2, bpe:VOCAB, or a path; see `gptdist.data.tokenizer_build`."""
     text_field: str = "text"
     """Field of JSONL objects that has the text."""
     document_separator: str | None = None
@@ -49,6 +52,9 @@ class PrepareConfig:
     """Longer plain-text documents are cut in several at the next end of a paragraph."""
     val_fraction: float = 0.05
     """Share held out for validation, [0, 1); 0 makes no val/."""
+    split: Literal["documents", "tail"] = "documents"
+    """documents: as data/split.py holds them out. tail: the input is one text, in memory, with nothing between
+    documents and no <|endoftext|>; its first int((1 - val_fraction) n) of n characters train, the rest is held out."""
     min_chars: int = 1
     """Shorter documents are dropped."""
     dedup: bool = True
@@ -97,6 +103,25 @@ def prepare(config: PrepareConfig, progress: ProgressCallback | None = None) -> 
     return report
 
 
+def prepare_input(config: DataConfig) -> None:
+    """Make data.path of the text data.input, where it is not there. Raises UserError where it is, of something else."""
+    path = Path(config.path)
+    wanted = PrepareConfig(inputs=[config.input], output=config.path, tokenizer=config.tokenizer, split="tail",
+                           val_fraction=config.val_fraction)
+    if not path.exists():
+        prepare(wanted)
+        return
+    try:
+        settings = json.loads((path / "report.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"data.path={path} is there, but no dataset of `gptdist prepare` ({error}): choose another "
+                        f"path for what data.input={config.input} becomes") from error
+    for name in ("inputs", "tokenizer", "split", "val_fraction"):
+        if settings.get(name) != getattr(wanted, name):
+            raise UserError(f"data.path={path} was prepared with {name}={settings.get(name)}, data.input asks for "
+                            f"{getattr(wanted, name)}: remove it, or choose another data.path")
+
+
 class _Run:
     """One run of `prepare`: the pipeline and its counts."""
 
@@ -113,7 +138,7 @@ class _Run:
         self._tokenizer = tokenizer
         self._directory = directory
         self._callback = callback or (lambda progress: None)
-        self._seen = SeenDigests(directory) if config.dedup else None
+        self._seen = SeenDigests(directory) if config.dedup and config.split != "tail" else None
         self._cleaner = Cleaner(normalize=config.normalize, min_chars=config.min_chars, seen=self._seen)
         self._progress = Progress(bytes_total=sum(path.stat().st_size for path in files))
         self._dtype = TOKEN_DTYPES[token_dtype(tokenizer.vocab_size)]
@@ -130,6 +155,11 @@ class _Run:
                 stack.callback(self._seen.close)
             splits = ["train", "val"] if self._config.val_fraction > 0 else ["train"]
             self._writers = {split: stack.enter_context(self._writer(split)) for split in splits}
+            if self._config.split == "tail":
+                self._write_one_text()
+                self._check_splits()
+                self._seconds = time.perf_counter() - started
+                return
             splitter = Splitter(
                 self._writers["train"],
                 self._writers.get("val"),
@@ -143,6 +173,18 @@ class _Run:
             self._split_method = splitter.method
             self._check_splits()
         self._seconds = time.perf_counter() - started
+
+    def _write_one_text(self) -> None:
+        text = "".join(text for texts, _ in self._batches() for text in texts)
+        cut = int((1 - self._config.val_fraction) * len(text))
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            if part:
+                self._writers[split].add(self._tokenizer.encode_array(part).astype(self._dtype))
+        self._split_method = "last characters"
+        self._progress.documents, self._progress.characters = len(self._writers), len(text)
+        self._progress.tokens = sum(writer.n_tokens for writer in self._writers.values())
+        self._progress.bytes_read = self._done_bytes
+        self._callback(self._progress)
 
     def _pump(self, pool: ThreadPoolExecutor, splitter: Splitter) -> None:
         """Keep the workers busy with batches and write their results in order."""
@@ -277,7 +319,8 @@ def _training_texts(config: PrepareConfig, files: list[Path]) -> Iterator[str]:
 
 
 def _read_settings(config: PrepareConfig) -> ReadSettings:
-    return ReadSettings(config.text_field, config.document_separator, config.max_document_chars)
+    longest = sys.maxsize if config.split == "tail" else config.max_document_chars
+    return ReadSettings(config.text_field, config.document_separator, longest)
 
 
 def _check(config: PrepareConfig) -> None:
@@ -286,6 +329,9 @@ def _check(config: PrepareConfig) -> None:
         raise UserError("--input is empty; give text or JSONL files, globs, or the word embedded")
     if not 0 <= config.val_fraction < 1:
         raise UserError(f"--val-fraction is {config.val_fraction}, expected at least 0 and below 1")
+    if config.split == "tail" and config.document_separator is not None:
+        raise UserError(f"--split tail with --document-separator {config.document_separator!r}: the input is one text "
+                        f"there; leave one of them out")
     if config.document_separator == "":
         raise UserError("--document-separator is empty; expected blank-line or a string such as <|endoftext|>")
     for name in ("workers", "shard_tokens", "max_document_chars"):

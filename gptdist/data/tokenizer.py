@@ -24,6 +24,7 @@ FORMAT = 1
 MAX_VOCAB = 1 << 24  # far above any real vocabulary: a larger id is damage, and would ask for a table of that size
 # GPT-2's split pattern as tiktoken writes it: possessive quantifiers, so that it never backtracks within a word.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CHAR_PATTERN = r"(?s:.)"  # each character by itself: what marks a CharTokenizer in its files
 # `\s+(?!\S)` needs one backtracking entry per character; tiktoken 0.14 panics between 512 000 and 1 024 000 of them.
 _LONG_WHITESPACE = 65_536
 
@@ -126,7 +127,7 @@ class Tokenizer:
         """Read what `save` wrote. Raises UserError when a file is missing, unreadable or altered."""
         header_path = Path(directory) / "tokenizer.json"
         header = _read_header(header_path)
-        ranks = read_ranks(Path(directory) / "tokenizer.tiktoken")
+        ranks = read_ranks(Path(directory) / "tokenizer.tiktoken", all_bytes=header["pattern"] != CHAR_PATTERN)
         tokenizer = tokenizer_from(header_path, name=header["name"], ranks=ranks, specials=header["specials"],
                                    pattern=header["pattern"])
         if tokenizer.hash != header["hash"]:
@@ -135,6 +136,41 @@ class Tokenizer:
                 f"expected {header['hash'][:12]}); restore both files from where they were made"
             )
         return tokenizer
+
+
+class CharTokenizer(Tokenizer):
+    """A token for each character of a vocabulary. A text with another character cannot be encoded."""
+
+    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = CHAR_PATTERN):
+        super().__init__(name=name, ranks=ranks, specials=specials, pattern=pattern)
+        try:
+            points = {ord(token.decode()): i for token, i in ranks.items()}
+        except (UnicodeDecodeError, TypeError) as error:
+            raise ValueError(f"tokenizer {name}: a token is not one character ({error})") from error
+        self._ids = np.full(max(points, default=0) + 2, -1)  # by code point; the last stands for all beyond
+        self._ids[list(points)] = list(points.values())
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        if not allow_special:
+            return super().encode(text)
+        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text)  # every second is a special token
+        return [i for number, part in enumerate(parts)
+                for i in ([self.specials[part]] if number % 2 else super(CharTokenizer, self).encode(part))]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        _check_utf8(text)
+        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        if (unknown := ids < 0).any():
+            at = int(unknown.argmax())
+            raise UserError(f"character {text[at]!r} (U+{ord(text[at]):04X}), at {at} of the text, is none of the "
+                            f"{len(self.ranks)} of tokenizer {self.name}: leave it out, or use a tokenizer such as "
+                            f"bytes or bpe:VOCAB, which have all")
+        return ids.astype(np.uint32)
+
+
+def class_of(pattern: str) -> type[Tokenizer]:
+    return CharTokenizer if pattern == CHAR_PATTERN else Tokenizer
 
 
 class StreamDecoder:
@@ -154,9 +190,9 @@ class StreamDecoder:
 
 
 def tokenizer_from(where: Path, **parts) -> Tokenizer:
-    """Return Tokenizer(**parts), made from the file `where`. Raises UserError naming it."""
+    """Return the tokenizer of these parts, made from the file `where`. Raises UserError naming it."""
     try:
-        return Tokenizer(**parts)
+        return class_of(parts["pattern"])(**parts) if "pattern" in parts else Tokenizer(**parts)
     except ValueError as error:
         raise UserError(f"{where}: {error}; restore the file from where it was made") from error
 
@@ -169,11 +205,13 @@ def extend(tokenizer: Tokenizer, specials: Iterable[str]) -> Tokenizer:
         if name not in merged:
             merged[name] = next_id
             next_id += 1
-    return Tokenizer(name=tokenizer.name, ranks=tokenizer.ranks, specials=merged, pattern=tokenizer.pattern)
+    return type(tokenizer)(name=tokenizer.name, ranks=tokenizer.ranks, specials=merged, pattern=tokenizer.pattern)
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path, *, all_bytes: bool = True) -> dict[bytes, int]:
     """Read a `.tiktoken` file: a line is base64(token), space, rank. Raises UserError naming the bad line.
+
+    all_bytes: every single byte has to be a token, as a byte-level BPE needs.
 
     `tiktoken.load.load_tiktoken_bpe` is not used: it caches files by path and would return a stale copy.
     """
@@ -195,7 +233,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             )
         ranks[token] = rank
         used.add(rank)
-    check_has_all_bytes(ranks, path)
+    if all_bytes:
+        check_has_all_bytes(ranks, path)
     return ranks
 
 
@@ -273,7 +312,7 @@ def _safe_parts(text: str) -> Iterator[str]:
 
 
 def build_tokenizer(spec: str, texts: Iterable[str] | None = None, pattern: str = GPT2_PATTERN) -> Tokenizer:
-    """Build a tokenizer from `bytes`, `gpt2`, `bpe:VOCAB` or a path; see `tokenizer_build.build`."""
+    """Build a tokenizer from `bytes`, `char`, `gpt2`, `bpe:VOCAB` or a path; see `tokenizer_build.build`."""
     from gptdist.data.tokenizer_build import build
 
     return build(spec, texts, pattern)

@@ -2,6 +2,7 @@
 
 `build(spec)` accepts
     bytes       256 byte tokens and <|endoftext|> (257 ids)
+    char        the characters of `texts` and <|endoftext|>; no other text can be encoded
     gpt2        GPT-2's, from tiktoken's download or cache
     bpe:VOCAB   byte-level BPE of VOCAB ids trained on `texts`
     PATH        a directory with encoder.json and vocab.bpe; a `.tiktoken` file; a directory written by
@@ -19,6 +20,7 @@ from gptdist.data.tokenizer import (
     EOT,
     GPT2_PATTERN,
     MAX_VOCAB,
+    CharTokenizer,
     Tokenizer,
     check_has_all_bytes,
     read_ranks,
@@ -26,18 +28,20 @@ from gptdist.data.tokenizer import (
 )
 from gptdist.errors import UserError
 
-_EXPECTED = "expected bytes, gpt2, bpe:VOCAB (such as bpe:8192), or the path of a tokenizer"
+_EXPECTED = "expected bytes, char, gpt2, bpe:VOCAB (such as bpe:8192), or the path of a tokenizer"
 
 
 def build(spec: str, texts: Iterable[str] | None = None, pattern: str = GPT2_PATTERN) -> Tokenizer:
     """Build the tokenizer that `spec` names (see the module's docstring).
 
-    texts: what `bpe:VOCAB` trains on; read once, and only then.
+    texts: what `bpe:VOCAB` trains on, or `char` takes its characters from; read once, and only then.
     pattern: split pattern of `bpe:` and of `.tiktoken` files, which do not carry one.
     Raises UserError for a spec, file or training text that cannot give a tokenizer.
     """
     if spec == "bytes":
         return Tokenizer(name="bytes", ranks={bytes([i]): i for i in range(256)}, specials={EOT: 256})
+    if spec == "char":
+        return char_tokenizer(texts)
     if spec.startswith("bpe:"):
         return train_bpe(_vocab_size(spec), texts, pattern)
     if Path(spec).exists():
@@ -45,6 +49,17 @@ def build(spec: str, texts: Iterable[str] | None = None, pattern: str = GPT2_PAT
     if spec == "gpt2":
         return _download_gpt2()
     raise UserError(f"tokenizer {spec!r}: no such name or path; {_EXPECTED}")
+
+
+def char_tokenizer(texts: Iterable[str] | None) -> CharTokenizer:
+    """The characters of `texts`, their ids in the order of their code points."""
+    if texts is None:
+        raise ValueError("char_tokenizer needs texts")
+    characters = sorted(set().union(*texts))
+    if not characters:
+        raise UserError("tokenizer char: the text is empty, so there is no character to make a token of")
+    return CharTokenizer(name="char", ranks={character.encode(): i for i, character in enumerate(characters)},
+                         specials={EOT: len(characters)})
 
 
 def train_bpe(vocab_size: int, texts: Iterable[str] | None, pattern: str = GPT2_PATTERN) -> Tokenizer:

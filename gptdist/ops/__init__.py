@@ -13,6 +13,7 @@ from .dropout import dropout
 from .embedding import tied_embedding
 from .grad_norm import grad_norm
 from .layer_norm import layer_norm, residual_layer_norm
+from .linear import linear
 from .linear_logsumexp import linear_logsumexp
 from .random import dropout_key
 from .rope import rope, rope_tables
@@ -27,6 +28,7 @@ __all__ = [
     "dropout_key",
     "grad_norm",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_logsumexp",
     "residual_layer_norm",

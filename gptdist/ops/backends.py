@@ -21,6 +21,7 @@ OPS = (
     "layer_norm",
     "residual_layer_norm",
     "bias_gelu",
+    "few_rows_linear",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_logsumexp",
@@ -37,6 +38,7 @@ BUILD_ERROR = PACKAGE / "_build_error.txt"  # written by setup.py: for each libr
 # Widths that the CUDA kernels take (csrc/cuda/kernels.h), and the alignment in bytes that they want of every tensor.
 WIDTH_STEP, MIN_WIDTH, MAX_WIDTH = 8, 64, 16384
 ALIGNMENT = 16
+MAX_FEW_ROWS = 8  # of few_rows_linear (csrc/cpu/few_rows_linear.h)
 OLDEST_GPU = (8, 0)  # compute capability; setup.py compiles for it and newer ones
 
 
@@ -63,6 +65,7 @@ COMPILED = {
         "layer_norm": _CPU,
         "residual_layer_norm": _CPU,
         "bias_gelu": _CPU,
+        "few_rows_linear": Kernel(_CPU.dtypes, f"up to {MAX_FEW_ROWS} rows"),
         "cross_entropy": _CPU,
         "linear_cross_entropy": _CPU,
         "adamw_": _ADAMW,
@@ -168,18 +171,23 @@ def choose(
     width_misfit).
     """
     if forced_reference():
-        return Choice("reference", "forced by GPTDIST_OPS=reference")
-    device = torch.device(device)
+        return _FORCED
+    device = torch.device(device) if isinstance(device, str) else device
     backend = "cuda" if _test_device else device.type
+    return _choice(op, backend, dtype, (misfit if backend == "cuda" else cpu_misfit) or _problem(device))
+
+
+_FORCED = Choice("reference", "forced by GPTDIST_OPS=reference")
+
+
+@functools.cache
+def _choice(op: str, backend: str, dtype: torch.dtype | None, problem: str) -> Choice:
     kernel = COMPILED.get(backend, {}).get(op)
     if kernel is None:
         return Choice("reference", f"no {backend} kernel for this op")
     if dtype is not None and dtype not in kernel.dtypes:
         return Choice("reference", f"the {backend} kernel does not take {dtype}")
-    problem = (misfit if backend == "cuda" else cpu_misfit) or _problem(device)
-    if problem:
-        return Choice("reference", problem)
-    return Choice(backend, f"takes {kernel}")
+    return Choice("reference", problem) if problem else Choice(backend, f"takes {kernel}")
 
 
 def _problem(device: torch.device) -> str:
@@ -302,7 +310,7 @@ class Op:
         self._function = type(self.run.__name__, (torch.autograd.Function,), members)
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or not _plain(args):
+        if observed(args):
             return self._library_op(*args)
         if not torch.is_grad_enabled():
             return self.run(*args)
@@ -310,11 +318,13 @@ class Op:
         return self._library_op(*args) if self._function is None else self._function.apply(*args)
 
 
-def _plain(args) -> bool:
-    """Whether nothing but autograd wants to see a call with these arguments."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(x) in PLAIN_TENSORS for x in args if isinstance(x, torch.Tensor))
+def observed(args) -> bool:
+    """Whether anything but autograd wants to see a call with these arguments."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(type(x) not in PLAIN_TENSORS and isinstance(x, torch.Tensor) for x in args)
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

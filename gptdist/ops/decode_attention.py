@@ -42,7 +42,7 @@ def _rows(q, k_cache, v_cache, block_table, lengths, width):
 
 def _width(block_table, lengths, Tq, page):
     """Positions, in whole pages, that the longest row reaches. Raises ValueError where its block table has fewer."""
-    longest = int(lengths.max()) + Tq
+    longest = max(lengths.tolist()) + Tq
     width = -(-longest // page) * page
     if width > block_table.shape[1] * page:
         raise ValueError(

@@ -5,7 +5,7 @@ Pairs are (i, i + D/2), the half-split layout of GPT-NeoX and Llama. With angle 
     y_i       = x_i cos a - x_{i+D/2} sin a
     y_{i+D/2} = x_{i+D/2} cos a + x_i sin a
 
-The backward is the rotation by -a. Reads qkv and the tables, writes one new qkv (values are copied).
+The backward is the rotation by -a. Reads qkv and the tables, writes one new qkv (finite values are copied).
 Source: Su et al., "RoFormer" (2021), section 3.2.
 """
 
@@ -16,20 +16,19 @@ from .backends import compute_dtype, custom_op
 
 @custom_op("gptdist::rope")
 def _rope(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
-    half = qkv.shape[-1] // 2
-    compute = compute_dtype(qkv.dtype)
-    # (T, D/2) or (B, T, D/2) -> (..., T, 1, 1, D/2), against (B, T, Hkv, G+1, D/2)
-    c = cos.to(compute)[..., None, None, :]
-    s = sin.to(compute)[..., None, None, :]
-    if inverse:
-        s = -s
-    a = qkv[..., :-1, :half].to(compute)
-    b = qkv[..., :-1, half:].to(compute)
-    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    out[..., :-1, :half] = a * c - b * s
-    out[..., :-1, half:] = b * c + a * s
-    out[..., -1, :] = qkv[..., -1, :]
-    return out
+    (heads, slots), half = qkv.shape[2:4], qkv.shape[-1] // 2
+    x = qkv.to(compute_dtype(qkv.dtype))
+    sin = -sin if inverse else sin
+    # Tables as wide as a token's qkv, so that passes over memory have long rows: half the time of passes over halves of
+    # heads. A value is itself times 1 plus its other half times 0.
+    c = x.new_ones(*cos.shape[:-1], heads, slots, 2 * half)  # (T, Hkv, G+2, D) or (B, T, Hkv, G+2, D)
+    s = torch.zeros_like(c)
+    c[..., :-1, :] = torch.cat([cos, cos], dim=-1)[..., None, None, :]
+    s[..., :-1, :] = torch.cat([-sin, sin], dim=-1)[..., None, None, :]
+    other = torch.empty_like(x, memory_format=torch.contiguous_format)
+    other[..., :half] = x[..., half:]
+    other[..., half:] = x[..., :half]
+    return other.mul_(s).addcmul_(x, c).to(qkv.dtype)
 
 
 @_rope.register_fake

@@ -22,8 +22,17 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float,
                  weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_ratio=1.0))
         self.shadows: Mapping[nn.Parameter, Tensor] = {}
+
+    def slot_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """What a checkpoint stores for one parameter."""
+        return ("step", *MOMENTS)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step: a group's is this times its lr_ratio."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:
@@ -32,11 +41,17 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for (step, shadowed), parameters in self._alike(group).items():
-                shadows = [self.shadows[p] for p in parameters] if shadowed else None
-                self._step(group, step, parameters, shadows, grad_scale)
+        self._step_all(grad_scale)
         return loss
+
+    def _step_all(self, grad_scale: Tensor | None) -> None:
+        for group in self.param_groups:
+            self._step_group(group, grad_scale)
+
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None) -> None:
+        for (step, shadowed), parameters in self._alike(group).items():
+            shadows = [self.shadows[p] for p in parameters] if shadowed else None
+            self._step(group, step, parameters, shadows, grad_scale)
 
     def _alike(self, group: dict[str, Any]) -> dict[tuple[int, bool], list[nn.Parameter]]:
         """The group's parameters with a gradient, by the number of the step they take and if they have a shadow."""
@@ -58,20 +73,26 @@ class AdamW(torch.optim.Optimizer):
 
 def build_adamw(parameters: list[tuple[str, nn.Parameter]], config: OptimConfig) -> AdamW:
     """AdamW whose matrices (two or more dimensions) decay; biases and norms do not."""
+    return AdamW(adamw_groups(parameters, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def adamw_groups(parameters: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters with decay and without."""
     matrices = [p for _, p in parameters if p.dim() >= 2]
     vectors = [p for _, p in parameters if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return [group for group in groups if group["params"]]
 
 
-def slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def slots(optimizer: AdamW, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The optimizer's tensors for one parameter, by slot name; made (zero) where no step has been taken yet."""
     state = optimizer.state[parameter]
+    names = optimizer.slot_names(parameter)
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        for name in MOMENTS:
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return {name: state[name] for name in ("step", *MOMENTS)}
+        for name in names:
+            state[name] = (torch.zeros((), dtype=torch.float32) if name == "step" else
+                           torch.zeros_like(parameter, memory_format=torch.preserve_format))
+    return {name: state[name] for name in names}
 
 
 def local(tensor: Tensor) -> Tensor:

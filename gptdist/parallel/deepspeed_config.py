@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptdist.config import Config
-from gptdist.data.loader import check_world, micro_batches_per_step
+from gptdist.data.shares import check_world, micro_batches_per_step
 from gptdist.errors import UserError
 
 # Elements of a gradient reduction. DeepSpeed's default, 5e8, is a buffer of 2 GB.

@@ -54,6 +54,19 @@ def set_up_process(device: torch.device) -> None:
         use_onednn_for_fp32()
 
 
+def can_flush_denormals() -> bool:
+    """Whether this processor treats denormals as zero when asked to; how the process is set does not change."""
+    before = (torch.full((1,), 2.0**-130) * 1.0).item() == 0.0
+    can = torch.set_flush_denormal(True)
+    torch.set_flush_denormal(before)
+    return can
+
+
+def can_keep_freed_memory() -> bool:
+    """Whether the C library is one that keep_freed_memory knows."""
+    return platform.libc_ver()[0] == "glibc"
+
+
 def keep_freed_memory() -> bool:
     """Make glibc keep what is freed for the next allocation; False where the C library is another.
 
@@ -61,7 +74,7 @@ def keep_freed_memory() -> bool:
     kernel page by page and unmapped: for a plain PyTorch GPT-2 124M in fp32 at 4 x 64 tokens on two cores 730 ms a step
     became 608.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not can_keep_freed_memory():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all((mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, INT_MAX), mallopt(M_TOP_PAD, TOP_PAD_BYTES)))
@@ -71,7 +84,8 @@ def use_onednn_for_fp32() -> bool:
     """Send fp32 matrix products to oneDNN instead of MKL, if they stay fp32 there; False where they would not.
 
     MKL keeps its AVX-512 kernels for Intel's processors. torch has no setting for the library, but one that lets
-    products be computed in bf16, which oneDNN alone reads and which it follows only on processors with AMX.
+    products be computed in bf16, which oneDNN alone reads and which it follows only on processors with AMX. Afterwards
+    torch.get_float32_matmul_precision raises, as it knows no setting of one backend alone.
     """
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     if setting is None or not torch.backends.mkldnn.is_available():

@@ -127,8 +127,7 @@ class Strategy:
         assert self._norm is not None, "grad_norm() comes before apply()"
         # 1e-6 as torch.nn.utils.clip_grad_norm_, so that both clip alike.
         scale = (clip / (self._norm + 1e-6)).clamp(max=1.0) if clip > 0 else None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         self.optimizer.step(grad_scale=scale)
         self.discard()
 

@@ -45,8 +45,8 @@ class Task:
 
     unit = "windows"  # what a sample is, in the plural
     # section.key that a resumed run has to keep
-    fixed: Sequence[str] = ("task.name", "run.seed", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
-                            "lora.split_qkv")
+    fixed: Sequence[str] = ("task.name", "run.seed", "optim.name", "lora.rank", "lora.alpha", "lora.dropout",
+                            "lora.targets", "lora.split_qkv")
 
     config: Config  # resolved: what the run's checkpoints store
     tokenizer: Tokenizer

@@ -1,4 +1,4 @@
-// attention for AVX-512.
+// The vector kernels for AVX-512.
 
 #include <cmath>
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "few_rows_linear.h"
 
 #ifdef GPTDIST_X86
 #ifndef __clang__
@@ -22,12 +23,14 @@
 #endif
 
 #define GPTDIST_ISA 2
-#include "attention_isa.h"
+#include "simd_kernels.h"
 
 namespace gptdist::cpu {
 
 constexpr AttentionKernels<float> kFp32Avx512 = Kernels<float, float>::table();
 constexpr AttentionKernels<Bf16> kBf16Avx512 = Kernels<Bf16, float>::table();
+constexpr FewRowsLinearKernels<float> kLinearFp32Avx512 = LinearKernels<float, float>::table();
+constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512 = LinearKernels<Bf16, float>::table();
 
 }  // namespace gptdist::cpu
 

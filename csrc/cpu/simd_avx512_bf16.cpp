@@ -1,4 +1,4 @@
-// attention for AVX-512 with bf16 products: bf16 tensors only.
+// The vector kernels for AVX-512 with bf16 products: bf16 tensors only.
 
 #include <cmath>
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "few_rows_linear.h"
 
 #ifdef GPTDIST_X86
 #ifndef __clang__
@@ -23,11 +24,12 @@
 #endif
 
 #define GPTDIST_ISA 3
-#include "attention_isa.h"
+#include "simd_kernels.h"
 
 namespace gptdist::cpu {
 
 constexpr AttentionKernels<Bf16> kBf16Avx512Bf16 = Kernels<Bf16, Pair>::table();
+constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512Bf16 = LinearKernels<Bf16, Pair>::table();
 
 }  // namespace gptdist::cpu
 

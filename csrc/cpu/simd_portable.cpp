@@ -1,4 +1,4 @@
-// attention for every processor: vectors of four floats.
+// The vector kernels for every processor: vectors of four floats.
 
 #include <cmath>
 #include <cstddef>
@@ -7,13 +7,16 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "few_rows_linear.h"
 
 #define GPTDIST_ISA 0
-#include "attention_isa.h"
+#include "simd_kernels.h"
 
 namespace gptdist::cpu {
 
 constexpr AttentionKernels<float> kFp32Portable = Kernels<float, float>::table();
 constexpr AttentionKernels<Bf16> kBf16Portable = Kernels<Bf16, float>::table();
+constexpr FewRowsLinearKernels<float> kLinearFp32Portable = LinearKernels<float, float>::table();
+constexpr FewRowsLinearKernels<Bf16> kLinearBf16Portable = LinearKernels<Bf16, float>::table();
 
 }  // namespace gptdist::cpu

@@ -1,4 +1,4 @@
-// attention for AVX2 and FMA.
+// The vector kernels for AVX2 and FMA.
 
 #include <cmath>
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "few_rows_linear.h"
 
 #ifdef GPTDIST_X86
 #include <immintrin.h>
@@ -19,12 +20,14 @@
 #endif
 
 #define GPTDIST_ISA 1
-#include "attention_isa.h"
+#include "simd_kernels.h"
 
 namespace gptdist::cpu {
 
 constexpr AttentionKernels<float> kFp32Avx2 = Kernels<float, float>::table();
 constexpr AttentionKernels<Bf16> kBf16Avx2 = Kernels<Bf16, float>::table();
+constexpr FewRowsLinearKernels<float> kLinearFp32Avx2 = LinearKernels<float, float>::table();
+constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx2 = LinearKernels<Bf16, float>::table();
 
 }  // namespace gptdist::cpu
 

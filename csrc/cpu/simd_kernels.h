@@ -1,4 +1,4 @@
-// The kernels of one instruction set. Each attention_*.cpp sets GPTDIST_ISA and the compiler's target, includes this
+// The kernels of one instruction set. Each simd_*.cpp sets GPTDIST_ISA and the compiler's target, includes this
 // file and names its tables.
 
 #include "simd.h"
@@ -7,6 +7,7 @@
 #include "attention_forward.h"
 #include "attention_backward.h"
 #include "decode_attention.h"
+#include "few_rows_linear_kernel.h"
 
 namespace gptdist::cpu {
 namespace {

@@ -1,0 +1,166 @@
+"""gptdist serve under load: 16 clients against one after another, time to the first token, memory, hundreds at once.
+
+    python -m benchmarks.serve                      the quickstart's shape
+    python -m benchmarks.serve --shape gpt2 --dtype bf16
+
+The server is a process of its own with random weights, asked over HTTP by this one. Beside the wall clock's figures are
+those of the server's own CPU time, which other programs on the machine change less.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import httpx
+import torch
+
+SHAPES = {
+    "quickstart": dict(context=128, width=128, n_layers=4, n_heads=4, vocab_size=512),
+    "medium": dict(context=256, width=512, n_layers=8, n_heads=8, vocab_size=8192),
+    "gpt2": dict(context=1024, width=768, n_layers=12, n_heads=12, vocab_size=50257),
+}
+CLIENTS = 16
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A number of requests."""
+
+    wall_s: float
+    cpu_s: float  # of the server
+    n_tokens: int
+    first_s: list[float]  # time to the first token of each
+
+    @property
+    def rate(self) -> float:
+        return self.n_tokens / self.wall_s
+
+
+def run_server(shape: str, dtype: str) -> None:
+    """The process that is measured; prints its address."""
+    from gptdist.config import ModelConfig
+    from gptdist.data.tokenizer import Tokenizer, build_tokenizer
+    from gptdist.model import LanguageModel
+    from gptdist.parallel.host import set_up_process
+    from gptdist.parallel.init import fill_initial_values
+    from gptdist.serve.app import Api, Served
+    from gptdist.serve.command import Server, listen
+    from gptdist.serve.engine import Limits
+    from gptdist.serve.guard import Rules
+
+    set_up_process(torch.device("cpu"))
+    model = LanguageModel(ModelConfig(**SHAPES[shape]))
+    fill_initial_values(model, seed=0)
+    model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
+    letters = build_tokenizer("bytes")
+    more = {b"%06d" % i: i for i in range(257, SHAPES[shape]["vocab_size"])}  # every id has a text
+    tokenizer = Tokenizer(name="numbers", ranks=letters.ranks | more, specials=letters.specials)
+    api = Api(Served(name=shape, model=model, tokenizer=tokenizer), Limits(queue=1024), Rules())
+    with listen("127.0.0.1", 0) as listener:
+        Server(api, f"http://127.0.0.1:{listener.getsockname()[1]}").run(sockets=[listener])
+
+
+async def ask(client: httpx.AsyncClient, i: int, n_tokens: int) -> float:
+    """A streamed request of its own prompt; the time to its first token."""
+    body = {"prompt": f"{i}: once upon a time", "max_tokens": n_tokens, "temperature": 1, "seed": i, "stream": True}
+    started, first, last = time.perf_counter(), None, ""
+    async with client.stream("POST", "/v1/completions", json=body) as stream:
+        assert stream.status_code == 200, await stream.aread()
+        async for line in stream.aiter_lines():
+            if line:
+                first = first or time.perf_counter() - started
+                last = line
+    assert last == "data: [DONE]", last
+    return first
+
+
+def cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_mib(pid: int) -> float:
+    with open(f"/proc/{pid}/status") as file:
+        [kb] = [int(line.split()[1]) for line in file if line.startswith("VmHWM")]
+    return kb / 1024
+
+
+async def timed(client: httpx.AsyncClient, pid: int, numbers: range, n_tokens: int, at_once: int) -> Timed:
+    before = cpu_s(pid)
+    generated = await total(client)
+    gate = asyncio.Semaphore(at_once)
+    started = time.perf_counter()
+
+    async def one(i: int) -> float:
+        async with gate:
+            return await ask(client, i, n_tokens)
+
+    first = await asyncio.gather(*(one(i) for i in numbers))
+    wall = time.perf_counter() - started
+    return Timed(wall, cpu_s(pid) - before, await total(client) - generated, first)
+
+
+async def total(client: httpx.AsyncClient) -> int:
+    """Tokens generated so far."""
+    for line in (await client.get("/metrics")).text.splitlines():
+        if line.startswith("gptdist_generated_tokens_total "):
+            return int(float(line.split()[1]))
+    raise AssertionError("no such counter")
+
+
+async def measure(address: str, pid: int, n_tokens: int, rounds: int, crowd: int) -> dict:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        await timed(client, pid, range(900, 903), n_tokens, 3)  # warm
+        alone, together = [], []
+        for k in range(rounds):  # by turns, so that what else runs here slows both alike
+            numbers = range(1000 + 100 * k, 1000 + 100 * k + CLIENTS)
+            alone.append(await timed(client, pid, numbers, n_tokens, 1))
+            together.append(await timed(client, pid, range(numbers.start + 50, numbers.stop + 50), n_tokens, CLIENTS))
+        memory = peak_mib(pid)
+        many = await timed(client, pid, range(5000, 5000 + crowd), n_tokens // 4, crowd)
+        return {
+            "tokens_per_s_alone": max(t.rate for t in alone), "tokens_per_s_together": max(t.rate for t in together),
+            "cpu_tokens_per_s_alone": max(t.n_tokens / t.cpu_s for t in alone),
+            "cpu_tokens_per_s_together": max(t.n_tokens / t.cpu_s for t in together),
+            "first_token_ms_alone": 1000 * statistics.median(x for t in alone for x in t.first_s),
+            "first_token_ms_together": 1000 * statistics.median(x for t in together for x in t.first_s),
+            "crowd": crowd, "crowd_tokens_per_s": many.rate, "crowd_first_token_s_max": max(many.first_s),
+            "peak_mib": memory, "peak_mib_after_crowd": peak_mib(pid)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--crowd", type=int, default=300, help="requests at once in the load test")
+    parser.add_argument("--server", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.server:
+        run_server(args.shape, args.dtype)
+        return 0
+    command = [sys.executable, "-m", "benchmarks.serve", "--server", "--shape", args.shape, "--dtype", args.dtype]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split(" at ")[1].split(";")[0]
+            found = asyncio.run(measure(address, server.pid, args.tokens, args.rounds, args.crowd))
+        finally:
+            server.terminate()
+    found |= {"speed_up": found["tokens_per_s_together"] / found["tokens_per_s_alone"],
+              "cpu_speed_up": found["cpu_tokens_per_s_together"] / found["cpu_tokens_per_s_alone"]}
+    print(json.dumps({"shape": args.shape, "dtype": args.dtype, "clients": CLIENTS, "tokens": args.tokens}
+                     | {name: round(value, 2) for name, value in found.items()}, indent=1))
+    return server.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Characters as tokens, and a text whose end is held out: `--tokenizer char`, `--split tail`, data.input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptdist.config import DataConfig, load
+from gptdist.convert.tokenizer import hugging_face_files
+from gptdist.data.prepare import PrepareConfig, prepare, prepare_input
+from gptdist.data.tokenizer import EOT, CharTokenizer, StreamDecoder, Tokenizer, build_tokenizer, extend
+from gptdist.errors import UserError
+from gptdist.tasks.pretrain import open_data
+from tests.training import eval_losses, run_tiny
+
+TEXT = "".join(f"Line {i}: to be, or naïve 🙂?\n\n" for i in range(997))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_ids_are_the_places_of_the_characters():
+    tokenizer = build_tokenizer("char", ["cab", "é\n"])
+    assert isinstance(tokenizer, CharTokenizer)
+    assert tokenizer.vocab_size == 6
+    assert tokenizer.eot == 5
+    assert tokenizer.encode("abc\né") == [1, 2, 3, 0, 4]
+    assert tokenizer.decode([4, 0, 1]) == "é\na"
+    assert tokenizer.encode("") == []
+
+
+def test_an_unknown_character_is_named():
+    tokenizer = build_tokenizer("char", ["cab"])
+    for text, shown in (("bad", "'d' (U+0064), at 2"), ("a🙂", "'🙂' (U+1F642), at 1"), (EOT, "'<' (U+003C), at 0")):
+        with pytest.raises(UserError) as caught:
+            tokenizer.encode(text)
+        assert f"character {shown} of the text, is none of the 3 of tokenizer char" in str(caught.value)
+
+
+def test_special_tokens_in_a_text():
+    tokenizer = extend(build_tokenizer("char", ["cab" + EOT]), ["<|user|>"])
+    assert isinstance(tokenizer, CharTokenizer)
+    assert tokenizer.encode(f"a{EOT}b<|user|>", allow_special=True) == [
+        tokenizer.encode("a")[0], tokenizer.eot, tokenizer.encode("b")[0], tokenizer.eot + 1]
+    assert len(tokenizer.encode(EOT)) == len(EOT)
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    tokenizer = build_tokenizer("char", [TEXT])
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert isinstance(loaded, CharTokenizer)
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    assert loaded.decode(loaded.encode(TEXT)) == TEXT
+    decoder = StreamDecoder(loaded)
+    assert "".join(map(decoder.push, loaded.encode(TEXT[:100]))) == TEXT[:100]
+
+
+def test_what_makes_none(tmp_path):
+    with pytest.raises(UserError, match="the text is empty"):
+        build_tokenizer("char", [""])
+    tokenizer = build_tokenizer("char", ["ab"])
+    tokenizer.save(tmp_path)
+    ranks = tmp_path / "tokenizer.tiktoken"
+    ranks.write_text(ranks.read_text().replace("YQ==", "YWI="))  # a, ab
+    with pytest.raises(UserError, match="a token is not one character"):
+        Tokenizer.load(tmp_path)
+
+
+def test_hugging_face_cannot_have_it():
+    with pytest.raises(UserError, match="characters for tokens"):
+        hugging_face_files(build_tokenizer("char", ["ab"]), 64)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bytes"])
+def test_the_last_characters_are_held_out(text, tmp_path, tokenizer):
+    report = prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "out"), tokenizer=tokenizer, split="tail",
+                                   val_fraction=0.1, max_document_chars=500))
+    train, val, loaded = open_data(str(tmp_path / "out"))
+    cut = int(0.9 * len(TEXT))
+    for dataset, part in ((train, TEXT[:cut]), (val, TEXT[cut:])):
+        tokens = dataset.window(0, len(dataset))
+        assert loaded.decode(tokens.tolist()) == part
+        assert loaded.eot not in tokens
+        assert tokens.dtype == np.uint16
+    assert report["split"] == {"method": "last characters", "train": {"documents": 1, "tokens": len(train)},
+                               "val": {"documents": 1, "tokens": len(val)}}
+    assert report["characters"] == len(TEXT)
+
+
+def test_files_are_one_text_with_nothing_between(text, tmp_path):
+    prepare(PrepareConfig(inputs=[str(text), str(text)], output=str(tmp_path / "same"), tokenizer="char", split="tail"))
+    other = tmp_path / "other.txt"
+    other.write_text("more", encoding="utf-8")
+    prepare(PrepareConfig(inputs=[str(text), str(other)], output=str(tmp_path / "out"), tokenizer="char", split="tail",
+                          val_fraction=0))
+    train, val, tokenizer = open_data(str(tmp_path / "out"))
+    assert val is None
+    assert tokenizer.decode(train.window(0, len(train)).tolist()) == TEXT + "more"
+
+
+def test_settings_that_do_not_fit(text, tmp_path):
+    with pytest.raises(UserError, match="--split tail with --document-separator 'blank-line'"):
+        prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "out"), tokenizer="char", split="tail",
+                              document_separator="blank-line"))
+    with pytest.raises(UserError, match=r"data\.input=x, but data\.path is empty"):
+        load(None, ["--data.input=x"])
+    with pytest.raises(UserError, match=r"data\.val_fraction is 1\.0"):
+        load(None, ["--data.val_fraction=1"])
+    with pytest.raises(UserError, match=r"data\.input=x is for pretraining, but task\.name=dpo"):
+        load(None, ["--data.input=x", "--data.path=y", "--task.name=dpo"])
+
+
+def test_a_run_prepares_its_text_and_keeps_the_dataset(text, tmp_path):
+    options = ["--train.steps=2", "--schedule.warmup_steps=0", "--eval.every=0", "--eval.tokens=0"]
+    data, run = tmp_path / "data", tmp_path / "run"
+    run_tiny(data, run, *options, f"--data.input={text}")
+    again = tmp_path / "again"
+    before = (data / "report.json").stat().st_mtime_ns
+    run_tiny(data, again, *options, f"--data.input={text}")
+    assert (data / "report.json").stat().st_mtime_ns == before
+    assert eval_losses(again) == eval_losses(run)
+    assert json.loads((run / "checkpoints/step-00000002/tokenizer/tokenizer.json").read_text())["name"] == "char"
+
+
+def test_another_dataset_in_the_way_is_named(text, dataset, tmp_path):
+    config = DataConfig(input=str(text), path=str(tmp_path / "data"))
+    prepare_input(config)
+    prepare_input(config)
+    with pytest.raises(UserError, match=r"was prepared with inputs=.*text\.txt.*, data\.input asks for .*other\.txt"):
+        prepare_input(DataConfig(input="other.txt", path=config.path))
+    with pytest.raises(UserError, match=r"was prepared with tokenizer=char, data\.input asks for bytes"):
+        prepare_input(DataConfig(input=str(text), path=config.path, tokenizer="bytes"))
+    with pytest.raises(UserError, match="was prepared with split=documents"):
+        prepare_input(DataConfig(input=str(dataset.parent / "text.txt"), path=str(dataset), tokenizer="bytes"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no dataset of `gptdist prepare`"):
+        prepare_input(DataConfig(input=str(text), path=str(tmp_path / "empty")))
