@@ -50,6 +50,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": SERVE,
     "data": ["pyarrow"],
+    "evaluate": ["lm_eval>=0.4.13"],
     "convert": ["gguf>=0.17"],
     "test": [
         *SERVE,

@@ -62,6 +62,13 @@ A classifier (task.name=classify) is scored on its test texts, or on the labelle
 
 Files are JSON objects, one a line, of a kind that their keys tell (gptdist/evaluate/items.py lists them)."""
 
+SWEEP_HELP = """\
+Train models of several sizes, each on a budget of tokens, and fit L = a + b C^-alpha to their final validation losses
+over training compute. With --next the curve predicts that size's loss before it is trained, and the error is reported.
+Every value of the configuration can be overridden as --section.key=value. Started again, it goes on.
+
+  gptdist sweep configs/debug.yaml --sizes 32x1 64x2 96x3 --next 128x4 --tokens-per-parameter 5 --output runs/sweep"""
+
 GENERATE_HELP = """\
 Continue prompts with a trained model.
 
@@ -128,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_evaluate(commands)
     _add_contamination(commands)
+    _add_sweep(commands)
     _add_plot(commands)
     _add_inspect(commands)
     _add_verify(commands)
@@ -251,6 +259,9 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="TASK",
                         help="stdlib, one of its sets such as stdlib-choice, FILE or KIND=FILE; kinds: choice, cloze, "
                              "text, classify, qa, translate, summarize")
+    parser.add_argument("--lm-eval", nargs="+", metavar="TASK",
+                        help="tasks of the lm-evaluation-harness (pip install lm_eval), instead of --tasks")
+    parser.add_argument("--include-path", metavar="DIR", help="--lm-eval: directory of further tasks as YAML")
     parser.add_argument("--shots", type=int, default=0,
                         help="the first items of a set are examples before every question (default: %(default)s)")
     parser.add_argument("--template", help="how a question and its answer are written, with {input} and {output}; "
@@ -279,6 +290,21 @@ def _add_contamination(commands) -> None:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="as `gptdist evaluate --tasks`")
     parser.add_argument("--ngram", type=int, default=13, help="words in a row (default: %(default)s)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad lines of the tasks out")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_sweep(commands) -> None:
+    parser = _command(commands, "sweep", run_sweep, "train small models, fit a loss-compute curve, predict the next",
+                      SWEEP_HELP)
+    parser.add_argument("config", help="YAML configuration that all sizes share")
+    parser.add_argument("--sizes", nargs="+", required=True, metavar="WIDTHxLAYERS", help="three or more models")
+    parser.add_argument("--next", metavar="WIDTHxLAYERS", help="predict this one's loss, then train it and compare")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--tokens-per-parameter", type=float, default=20.0,
+                        help="tokens that each size sees, in its parameters (default: %(default)s)")
+    budget.add_argument("--tokens", type=int, default=0, help="the same number of tokens for every size")
+    parser.add_argument("--output", required=True, help="directory of the runs, sweep.json and sweep.png")
+    parser.add_argument("--processes", type=int, default=1, help="of each run, started by torchrun (default: 1)")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -555,7 +581,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     if args.template is not None:
         args.template = args.template.replace("\\n", "\n")
-    return evaluate(args, _checkpoint(args), _device(args.device))
+    return evaluate(args, lambda: _checkpoint(args), _device(args.device))
 
 
 def run_contamination(args: argparse.Namespace) -> int:
@@ -570,6 +596,25 @@ def run_contamination(args: argparse.Namespace) -> int:
     else:
         print_contamination(Console(highlight=False), results, args.ngram)
     return EXIT_DONE
+
+
+def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from gptdist import sweep
+
+    code, record = sweep.run_sweep(
+        args.config, overrides, output=Path(args.output), sizes=args.sizes, next_size=args.next, tokens=args.tokens,
+        tokens_per_parameter=args.tokens_per_parameter, processes=args.processes)
+    if code == EXIT_DONE:
+        if args.json:
+            print(json.dumps(record))
+        else:
+            sweep.print_sweep(Console(highlight=False), record)
+            print(f"{args.output}/sweep.json, {args.output}/sweep.png")
+    return code
 
 
 def run_plot(args: argparse.Namespace) -> int:
@@ -674,7 +719,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     return doctor.run(json=args.json)
 
 
-TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan)
+TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan, run_sweep)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -262,7 +262,8 @@ class EvalConfig:
     examples: int = _option(0, "fine-tuning: validation examples per evaluation; 0: all")
     micro_batch: int = _option(16, "sequences per rank and forward pass")
     tasks: list[str] = _option((), "evaluation tasks beside it, as `gptdist evaluate --tasks` names them: stdlib, "
-                                   "stdlib-choice, FILE, KIND=FILE ...; they change nothing that the run computes")
+                                   "stdlib-choice, FILE, KIND=FILE ...; they change nothing that the run computes. "
+                                   "Items whose answers are longer than the context are left out")
     tasks_every: int = _option(0, "steps between runs of the tasks (one more at the end); 0: only at the end")
     tasks_limit: int = _option(100, "items of each task that are scored; 0: all")
     tasks_shots: int = _option(0, "the first items of a task are examples before every question")

@@ -26,8 +26,9 @@ from gptdist.config import Config, to_dict, to_yaml
 from gptdist.data.loader import Prefetcher, StepBatch
 from gptdist.data.prepare import prepare_input
 from gptdist.errors import EXIT_DONE, EXIT_REQUEUE, DamagedError, UserError
+from gptdist.evaluate.items import TaskSet
 from gptdist.evaluate.scorer import Scorer
-from gptdist.evaluate.suite import Options, main_metrics, open_tasks, run_task
+from gptdist.evaluate.suite import Asked, Options, main_metrics, open_tasks, run_task
 from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
 from gptdist.optim.build import build_optimizer
@@ -80,7 +81,7 @@ class Trainer:
         self.state = TrainState(dataset=self.task.dataset_id)
         self.stop = StopSignal()
         self.strategy = self.ranks.on_all(lambda: make_strategy(world, self.config))
-        self.tasks = self.ranks.on_all(lambda: open_tasks(config.eval.tasks))
+        self.tasks = self.ranks.on_all(self._open_tasks)
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         self._bad_steps = 0
 
@@ -95,6 +96,17 @@ class Trainer:
                                 f"{self.task.data_name}: give every node the same files")
 
         self.ranks.on_all(check)
+
+    def _open_tasks(self) -> list[TaskSet]:
+        """eval.tasks. Raises UserError now for what could not be asked later."""
+        tasks = open_tasks(self.config.eval.tasks)
+        for task in tasks:
+            Asked(Scorer(self.strategy, self.task.tokenizer), task, self._task_options())
+        return tasks
+
+    def _task_options(self) -> Options:
+        """Items that do not fit the context are left out: a run should not end for them."""
+        return Options(shots=self.config.eval.tasks_shots, limit=self.config.eval.tasks_limit, skip_bad=True)
 
     def run(self) -> int:
         with contextlib.ExitStack() as self.held:
@@ -350,9 +362,8 @@ class Trainer:
 
     def _run_tasks(self) -> None:
         """The figures of eval.tasks into metrics, a row for all of them."""
-        started, config = time.perf_counter(), self.config.eval
+        started, options = time.perf_counter(), self._task_options()
         scorer = Scorer(self.strategy, self.task.tokenizer)
-        options = Options(shots=config.tasks_shots, limit=config.tasks_limit)
         values = {}
         for task in self.tasks:
             values |= main_metrics(run_task(scorer, task, options))

@@ -231,6 +231,8 @@ def test_bad_names(tmp_path):
                           (str(tmp_path / "empty.jsonl"), "holds nothing to evaluate on: it has no lines")):
         with pytest.raises(UserError, match=message):
             open_tasks([name])
+    with pytest.raises(UserError, match="t: all texts have the label x"):
+        run_task(None, TaskSet("t", "classify", [Item("a", "b", ("x",))]), Options())
     with pytest.raises(UserError, match="expected more than the 9 of --shots"):
         run_task(None, TaskSet("t", "qa", [Item("a", "b", ("c",))]), Options(shots=9))
 
@@ -351,4 +353,7 @@ def test_where_no_tasks_can_run(override, message, tmp_path):
 def test_a_task_that_is_not_there_fails_before_the_first_step(dataset, tmp_path):
     with pytest.raises(UserError, match="cannot read nowhere"):
         run_tiny(dataset, tmp_path / "run", "--eval.tasks=[nowhere]")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"ctx": "x", "endings": ["a" * 40, "b"], "label": 0}))
+    with pytest.raises(UserError, match=r"no item is left to score: .*long\.jsonl line 1: an answer has 41 tokens"):
+        run_tiny(dataset, tmp_path / "run", f"--eval.tasks=[{tmp_path / 'long.jsonl'}]")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

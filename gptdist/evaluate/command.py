@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from gptdist.checkpoint.restore import read_config
 from gptdist.errors import EXIT_DONE, ActionableError
 from gptdist.evaluate import classification
 from gptdist.evaluate.calibration import print_reliability
+from gptdist.evaluate.scorer import open_scorer, open_world
 from gptdist.evaluate.suite import Options, open_tasks, run_task
 from gptdist.parallel.world import end_process, env_rank, env_world_size
 
 MAIN_RANK_FIRST_S = 2  # how long the other ranks stay after an error that rank 0 prints
 
 
-def evaluate(args: argparse.Namespace, checkpoint: Path, device: str) -> int:
-    """Evaluate as the arguments say. Does not return where a launcher started several processes."""
+def evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) -> int:
+    """Evaluate the checkpoint that `find` names. Does not return where a launcher started several processes."""
     if env_world_size() == 1:
-        return _evaluate(args, checkpoint, device)
+        return _evaluate(args, find, device)
     try:
-        code = _evaluate(args, checkpoint, device)
+        open_world(args.strategy, device)  # joins the process group, in which errors are agreed upon
+        code = _evaluate(args, find, device)
     except ActionableError as error:
         code = error.exit_code
         if env_rank() == 0 or not error.agreed:
@@ -37,12 +39,15 @@ def evaluate(args: argparse.Namespace, checkpoint: Path, device: str) -> int:
     return end_process(code)
 
 
-def _evaluate(args: argparse.Namespace, checkpoint: Path, device: str) -> int:
+def _evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) -> int:
+    checkpoint = Ranks(None).on_coordinator(find)
     how = dict(strategy=args.strategy, device=device, precision=args.precision, verify=args.verify)
-    if Ranks(None).on_all(lambda: read_config(checkpoint)).task.name == "classify":
+    if Ranks(None).on_coordinator(lambda: read_config(checkpoint)).task.name == "classify":
         from gptdist.evaluate.classifier import evaluate_classifier
 
         return _show(args, checkpoint, evaluate_classifier(checkpoint, args.tasks or (), **how))
+    if args.lm_eval:
+        return _show(args, checkpoint, _run_harness(args, checkpoint, how))
     if args.tasks:
         return _show(args, checkpoint, _run_tasks(args, checkpoint, how))
     from gptdist.evaluate.perplexity import evaluate_checkpoint
@@ -54,18 +59,27 @@ def _evaluate(args: argparse.Namespace, checkpoint: Path, device: str) -> int:
 
 
 def _run_tasks(args: argparse.Namespace, checkpoint: Path, how: dict[str, Any]) -> list[dict[str, Any]]:
-    from gptdist.evaluate.scorer import open_scorer
-
-    options = Options(shots=args.shots, limit=args.limit, template=args.template, max_new_tokens=args.max_new_tokens,
-                      skip_bad=args.skip_bad)
-    tasks = open_tasks(args.tasks, skip_bad=args.skip_bad)
+    ranks = Ranks(None)
+    options, tasks = ranks.on_all(lambda: (_options(args), open_tasks(args.tasks, skip_bad=args.skip_bad)))
     scorer = open_scorer(checkpoint, **how, batch_tokens=args.batch_tokens)
     results = []
     for task in tasks:
         started = time.perf_counter()
-        results.append(run_task(scorer, task, options))
+        results.append(ranks.on_all(lambda task=task: run_task(scorer, task, options)))
         results[-1]["seconds"] = round(time.perf_counter() - started, 3)
     return results
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(shots=args.shots, limit=args.limit, template=args.template, max_new_tokens=args.max_new_tokens,
+                   skip_bad=args.skip_bad)
+
+
+def _run_harness(args: argparse.Namespace, checkpoint: Path, how: dict[str, Any]) -> list[dict[str, Any]]:
+    from gptdist.evaluate.lm_eval import run_harness
+
+    scorer = open_scorer(checkpoint, **how, batch_tokens=args.batch_tokens)
+    return run_harness(scorer, args.lm_eval, include_path=args.include_path, shots=args.shots or None, limit=args.limit)
 
 
 def _show(args: argparse.Namespace, checkpoint: Path, results: Sequence[dict[str, Any]]) -> int:

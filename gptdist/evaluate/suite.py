@@ -27,19 +27,19 @@ from gptdist.evaluate import classification
 from gptdist.evaluate.calibration import calibration
 from gptdist.evaluate.embedded_sets import GROUP, SETS, embedded_set
 from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
-from gptdist.evaluate.scorer import Request, Scorer
+from gptdist.evaluate.scorer import Request, Score, Scorer
 from gptdist.evaluate.text_metrics import bleu, exact_match, rouge_l, token_f1
 from gptdist.generate import few_shot_prompt
 
 # How a question and its answer are written. A generated answer ends where what follows {output} begins.
 TEMPLATES = {
     "choice": "{input} {output}\n\n",
-    "cloze": "{input} {output}\n\n",
     "classify": "Text: {input}\nLabel: {output}\n\n",
     "qa": "Question: {input}\nAnswer: {output}\n",
     "translate": "Source: {input}\nTranslation: {output}\n",
     "summarize": "Text: {input}\nSummary: {output}\n\n",
 }
+UNPROMPTED = ("cloze", "text")  # these are texts as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,48 +85,56 @@ def run_task(scorer: Scorer, task: TaskSet, options: Options) -> dict[str, Any]:
     """{"task", "kind", "n", "skipped", "truncated", "metrics": {name: value}, ...}; a collective call.
 
     skipped: lines that were no items, and items that do not fit (with options.skip_bad). truncated: contexts cut from
-    the left to fit. Raises UserError with the file and line of an item whose answer is longer than the context.
+    the left to fit. Raises UserError as Asked does.
     """
-    usual = TEMPLATES.get(task.kind)
-    template = options.template or usual
-    shots = 0 if task.kind in ("text", "cloze") else options.shots
-    if len(task.items) <= shots:
-        raise UserError(f"{task.name} has {len(task.items)} items, expected more than the {shots} of --shots")
-    examples, items = task.items[:shots], task.items[shots:]
-    asked = Asked(scorer, items[:options.limit or None], template, examples, options)
+    asked = Asked(scorer, task, options)
     measured = MEASURES[task.kind](asked)
-    skipped = task.skipped + asked.skipped
-    result = {"task": task.name, "kind": task.kind, "n": len(asked.items), "skipped": skipped,
-              "truncated": asked.truncated, "shots": shots, "metrics": measured.pop("metrics"), **measured}
-    if first := task.first_skipped or asked.first_skipped:
-        result["first_skipped"] = first
-    return result
+    result = {"task": task.name, "kind": task.kind, "n": len(asked.items), "skipped": asked.skipped,
+              "truncated": asked.truncated, "shots": len(asked.examples), **measured}
+    return result | ({"first_skipped": asked.first_skipped} if asked.first_skipped else {})
 
 
 class Asked:
-    """Items in their prompts, in tokens."""
+    """A set's items in their prompts, in tokens.
 
-    def __init__(self, scorer: Scorer, items: Sequence[Item], template: str | None, examples: Sequence[Item],
-                 options: Options):
-        self.scorer, self.items, self.options, self.template = scorer, list(items), options, template
-        self.examples = [{"input": item.query, "output": item.answer} for item in examples]
-        self.skipped, self.first_skipped, self.truncated = 0, "", 0
+    Raises UserError for a set that is too small, and for an item one of whose answers is longer than the context, with
+    its file and line; with options.skip_bad such items are counted, and one has to be left.
+    """
 
-    def keep_fitting(self, texts: Callable[[Item], Iterable[str]]) -> None:
-        """Drop the items one of whose continuations `texts` is longer than the context, or refuse them."""
-        context, kept = self.scorer.model.context, []
-        for item in self.items:
-            longest = max(len(self.encode(text)) for text in texts(item))
-            if longest <= context:
-                kept.append(item)
-                continue
-            fault = f"{item.where}: an answer has {longest} tokens, the model's context {context}"
-            if not self.options.skip_bad:
-                raise UserError(f"{fault}; remove the item, or count such ones with --skip-bad")
-            self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or fault
-        if not kept:
-            raise UserError(f"no item is left: {self.first_skipped}")
-        self.items = kept
+    def __init__(self, scorer: Scorer, task: TaskSet, options: Options):
+        shots = 0 if task.kind in UNPROMPTED else options.shots
+        if len(task.items) <= shots:
+            raise UserError(f"{task.name} has {len(task.items)} items, expected more than the {shots} of --shots")
+        self.scorer, self.options, self.kind = scorer, options, task.kind
+        self.examples = [{"input": item.query, "output": item.answer} for item in task.items[:shots]]
+        self.template = None if task.kind in UNPROMPTED else options.template or TEMPLATES[task.kind]
+        self.skipped, self.first_skipped, self.truncated = task.skipped, task.first_skipped, 0
+        items = task.items[shots:][:options.limit or None]
+        self.labels = sorted({item.answer for item in task.items}) if task.kind == "classify" else []
+        if len(self.labels) == 1:
+            raise UserError(f"{task.name}: all texts have the label {self.labels[0]}, expected two labels or more")
+        self.items = [item for item in items if self._fits(item)]
+        if not self.items:
+            raise UserError(f"{task.name}: no item is left to score: {self.first_skipped}")
+
+    def _fits(self, item: Item) -> bool:
+        context = self.scorer.model.context
+        longest = max((len(self.encode(self.after(item, text))) for text in self.choices(item)), default=0)
+        if longest <= context:
+            return True
+        fault = f"{item.where}: an answer has {longest} tokens, the model's context {context}"
+        if not self.options.skip_bad:
+            raise UserError(f"{fault}; remove the item, or count such ones with --skip-bad")
+        self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or fault
+        return False
+
+    def choices(self, item: Item) -> Sequence[str]:
+        """The texts whose log-likelihoods are wanted after the prompt; none of a kind whose answers are generated."""
+        return {"choice": item.choices, "cloze": item.answers[:1], "classify": self.labels}.get(self.kind, ())
+
+    def after(self, item: Item, choice: str) -> str:
+        """A choice as it stands after the prompt: with a space where none is yet."""
+        return choice if self.prompt(item)[-1:].isspace() else f" {choice}"
 
     def encode(self, text: str) -> list[int]:
         return self.scorer.tokenizer.encode(text)
@@ -137,20 +145,20 @@ class Asked:
             return item.query
         return few_shot_prompt(self.examples, item.query, self.template)
 
-    def likelihoods(self, choices: Callable[[Item], Sequence[str]]) -> list[list[float]]:
-        """Log-likelihood of each choice of each item, in nats."""
-        def after(item: Item, choice: str) -> str:
-            return _after(self.prompt(item), choice)
-
-        self.keep_fitting(lambda item: [after(item, choice) for choice in choices(item)])
+    def scores(self, *, greedy: bool = False) -> list[list[Score]]:
+        """The score of each choice of each item."""
         requests = []
         for item in self.items:
             context = self.encode(self.prompt(item))
-            own = [Request(context, self.encode(after(item, choice))) for choice in choices(item)]
+            own = [Request(context, self.encode(self.after(item, choice))) for choice in self.choices(item)]
             self.truncated += any(map(self.scorer.is_cut, own))
             requests += own
-        values = iter(self.scorer.score(requests))
-        return [[next(values).logprob for _ in choices(item)] for item in self.items]
+        found = iter(self.scorer.score(requests, greedy=greedy))
+        return [[next(found) for _ in self.choices(item)] for item in self.items]
+
+    def likelihoods(self) -> list[list[float]]:
+        """Log-likelihood of each choice of each item, in nats."""
+        return [[score.logprob for score in row] for row in self.scores()]
 
     def generated(self) -> list[str]:
         """The answers that the model writes."""
@@ -161,16 +169,11 @@ class Asked:
         return [text.strip() for text in texts]
 
 
-def _after(prompt: str, answer: str) -> str:
-    """The answer as it stands after a prompt: with a space where none is yet."""
-    return answer if prompt[-1:].isspace() else f" {answer}"
-
-
 # Measures
 
 
 def _choice(asked: Asked) -> dict[str, Any]:
-    scores = asked.likelihoods(lambda item: item.choices)
+    scores = asked.likelihoods()
     per_byte = [[score / len(choice.encode()) for score, choice in zip(row, item.choices, strict=True)]
                 for row, item in zip(scores, asked.items, strict=True)]
     answers = [item.choices.index(item.answer) for item in asked.items]
@@ -187,11 +190,7 @@ def _accuracy(name: str, scores: Sequence[Sequence[float]], answers: Sequence[in
 
 
 def _cloze(asked: Asked) -> dict[str, Any]:
-    asked.keep_fitting(lambda item: [_after(item.query, item.answer)])
-    requests = [Request(asked.encode(item.query), asked.encode(_after(item.query, item.answer)))
-                for item in asked.items]
-    asked.truncated = sum(map(asked.scorer.is_cut, requests))
-    scores = asked.scorer.score(requests, greedy=True)
+    scores = [score for (score,) in asked.scores(greedy=True)]
     hits = [score.greedy for score in scores]
     return {"metrics": {"accuracy": _mean(hits), "accuracy_stderr": _stderr(hits),
                         "perplexity": _exp(-_mean([score.logprob for score in scores]))}}
@@ -220,10 +219,7 @@ def rolling(tokens: Sequence[int], scorer: Scorer) -> list[Request]:
 
 
 def _classify(asked: Asked) -> dict[str, Any]:
-    labels = sorted({item.answer for item in asked.items} | {example["output"] for example in asked.examples})
-    if len(labels) < 2:
-        raise UserError(f"all texts have the label {labels[0]}, expected two labels or more")
-    scores = asked.likelihoods(lambda item: labels)
+    labels, scores = asked.labels, asked.likelihoods()
     return label_scores([_softmax(row) for row in scores], [labels.index(item.answer) for item in asked.items], labels)
 
 
