@@ -25,7 +25,7 @@ from gptdist.plan.devices import find_device
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = "<!-- tables -->"
-LIMIT = 0.10  # of what is measured, that a prediction may be off
+LIMIT = 0.10  # of what is measured, that a prediction may be off; shown for single-fp32 and fsdp-fp32 so far
 COMMON = ["--model.n_heads=16", "--model.context=64", "--train.tokens_per_step=256", "--train.steps=2",
           "--train.precision=fp32", "--train.micro_batch=1", "--eval.tokens=64", "--eval.micro_batch=1",
           "--eval.every=0", "--checkpoint.every=0", "--run.tensorboard=false", "--parallel.threads=1"]

@@ -22,12 +22,12 @@ from gptdist.plan.speed import Efficiency
 FOUNDRY = "MosaicML, llm-foundry, scripts/train/benchmarking/README.md"
 TITAN = "PyTorch, torchtitan, docs/performance.md (64 A100; links not said)"
 FMS = "IBM, fms-fsdp, README.md (128 A100; links not said)"
-MEGATRON = "Narayanan et al. 2021 (arXiv 2104.04473), Table 1 (micro-batch not said: 4); DDP x tensor there"
-ZERO3 = "Narayanan et al. 2021 (arXiv 2104.04473), Table 2, ZeRO-3"
+MEGATRON = "Narayanan et al. 2021 (arXiv 2104.04473v5), Table 1 (micro-batch not said: 4); DDP x tensor there"
+ZERO3 = "Narayanan et al. 2021 (arXiv 2104.04473v5), Table 2, ZeRO-3"
 NANOGPT = "Karpathy, nanoGPT README: about 4 days for config/train_gpt2.py's 600,000 steps"
-LLMC = "Karpathy, llm.c discussion 481: 10 billion tokens in about 90 minutes"
-LLMC_XL = "Karpathy, llm.c discussion 677: 32,000 steps of 1,048,576 tokens in 24 hours"
-LLAMA = "Touvron et al. 2023 (arXiv 2302.13971), section 2.4: around 380 tokens/s/GPU on 2048 A100-80GB"
+LLMC = "Karpathy, llm.c, scripts/run_gpt2_124M.sh: about 300 ms a step of 524,288 tokens"
+LLMC_XL = "Karpathy, llm.c, scripts/run_gpt2_1558M.sh: 2.80 s a step of 1,048,576 tokens"
+LLAMA = "Touvron et al. 2023 (arXiv 2302.13971), section 2.4: around 380 tokens/s/GPU; tensor parallel there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +126,11 @@ RUNS = [
     mpt("13b", 2048, 64, "h100-80gb", 2, 1, False, 4800),
     mpt("30b", 2048, 32, "h100-80gb", 14, 3, True, 2308),
     mpt("70b", 2048, 64, "h100-80gb", 8, 4, True, 1039),
-    Run(name="GPT-2 124M", source=LLMC, device="a100-80gb", world=8, measured=18865 * 524288 / 5400 / 8, width=768,
+    Run(name="GPT-2 124M", source=LLMC, device="a100-80gb", world=8, measured=524_288 / 0.3 / 8, width=768,
         layers=12, heads=12, context=1024, vocab=50257, micro_batch=64, strategy="zero1"),
     Run(name="GPT-2 124M", source=NANOGPT, device="a100-40gb", world=8, measured=600_000 * 491_520 / (4 * 86400) / 8,
         width=768, layers=12, heads=12, context=1024, vocab=50257, micro_batch=12, count=5, strategy="ddp"),
-    Run(name="GPT-2 1558M", source=LLMC_XL, device="h100-80gb", world=8, measured=32_000 * 1_048_576 / 86400 / 8,
+    Run(name="GPT-2 1558M", source=LLMC_XL, device="h100-80gb", world=8, measured=1_048_576 / 2.8 / 8,
         width=1600, layers=48, heads=25, context=1024, vocab=50257, micro_batch=16, count=8, strategy="zero1"),
     llama("Llama 2 7B", FMS, 128, 2, "none", 3760, strategy="hsdp"),
     llama("Llama 2 13B", FMS, 128, 1, "none", 1700, strategy="hsdp"),

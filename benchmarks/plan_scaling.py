@@ -9,10 +9,10 @@ that stops training d seconds and failures M seconds apart.
 
 import argparse
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.tokenize import describe
 from gptdist.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from gptdist.errors import UserError
 from gptdist.plan import Plan, make_plan
@@ -120,7 +120,8 @@ def main() -> None:
                        for world in WORLDS[3:])
     path = output / "scaling.md"
     kept = path.read_text().partition("<!-- tables -->")[0] if path.exists() else "# Scaling, on paper\n\n"
-    path.write_text(f"{kept}<!-- tables -->\n\n{describe('benchmarks.plan_scaling')}\n\n" + "\n\n".join(sections)
+    how = f"by the formulas alone; {time.strftime('%Y-%m-%d')}; python -m benchmarks.plan_scaling"
+    path.write_text(f"{kept}<!-- tables -->\n\n{how}\n\n" + "\n\n".join(sections)
                     + "\n\n## Failures\n\n| GPUs | a failure every | time lost |\n|---|---|---|\n" + losses + "\n")
 
 

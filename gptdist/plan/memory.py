@@ -13,6 +13,8 @@
 Moments are the loss (all activations, no block's gradients yet), the backward of a block, and the optimizer's step. An
 accelerator's caching allocator gives back what one moment freed to the next. glibc's heap, as parallel/host.py sets it
 up, mostly does not where sizes differ: every part's own maximum stays, and that is the prediction for a CPU.
+
+Measured: what MEASURED says, in benchmarks/results/plan.md. Everything else follows by the same reasoning alone.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ REDUCE_BUCKET = 50_000_000  # elements: parallel/deepspeed_config.py
 INITIAL_VALUES = 1 << 22  # drawn at a time: parallel/init.py
 PROCESS_BYTES = {"cuda": 0.0, "cpu": 45e6}  # CUDA's context: see devices.py
 FRAGMENTATION = 0.05  # of what a GPU's step allocates and frees
+MEASURED = "single and fsdp on a CPU, fp32, no recomputation: one run of each, 2 and 6% off"
+NOT_MEASURED = "ddp, hsdp, zero1 to zero3, tensor parallelism, bf16, recomputation, offload, any GPU"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Memory:
 
     parts: dict[str, float]
     capacity: float
+    measured: bool  # if a run of this kind was measured: see MEASURED
 
     @property
     def total(self) -> float:
@@ -163,7 +168,13 @@ def memory_of(config: Config, layout: Layout, step: Step, device: Device) -> Mem
     for name, size in worst.items():
         part = name.partition("/")[0]
         parts[part] = parts.get(part, 0.0) + size
-    return Memory(parts | {"process": PROCESS_BYTES[device.kind], "fragmentation": fragmentation}, device.memory)
+    parts |= {"process": PROCESS_BYTES[device.kind], "fragmentation": fragmentation}
+    return Memory(parts, device.memory, _measured(sizes))
+
+
+def _measured(s: _Sizes) -> bool:
+    plain = not s.bf16 and s.layout.tensor == 1 and not s.config.train.checkpoint_every_block
+    return s.on_cpu and s.strategy in ("single", "fsdp") and plain
 
 
 def _moments(s: _Sizes) -> list[dict[str, float]]:

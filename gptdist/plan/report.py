@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gptdist.plan.memory import MEASURED, NOT_MEASURED
 from gptdist.plan.planner import DAY_S, Plan, suggest
 
 GB = 1e9
@@ -17,7 +18,7 @@ def to_dict(plan: Plan, suggestions: list[Plan]) -> dict[str, Any]:
         "device": plan.device.name, "precision": plan.config.train.precision, "micro_batches": plan.step.count,
         "micro_batch": plan.step.rows, "tokens_per_step": plan.step.target_tokens,
         "memory": {**plan.memory.parts, "total": plan.memory.total, "capacity": plan.memory.capacity,
-                   "fits": plan.memory.fits},
+                   "fits": plan.memory.fits, "measured": plan.memory.measured},
         "communication": [{"name": c.name, "bytes_sent": c.sent * n, "collectives": c.times * n}
                           for c, n in plan.traffic.all(plan.step.count)],
         "flops_per_step": plan.flops,
@@ -64,8 +65,10 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     rows = [f"  {name:14} {size / GB:8.2f}" for name, size in memory.parts.items() if size > 0]
     verdict = "fits" if memory.fits else "does not fit"
-    return ["memory of a rank, GB", *rows, f"  {'total':14} {memory.total / GB:8.2f}  of {memory.capacity / GB:g}: "
-                                           f"{verdict}"]
+    by = "of a kind that was measured" if memory.measured else "by a formula that was not measured"
+    return ["memory of a rank, GB", *rows,
+            f"  {'total':14} {memory.total / GB:8.2f}  of {memory.capacity / GB:g}: {verdict}, {by}",
+            f"  measured: {MEASURED}", f"  not measured: {NOT_MEASURED}"]
 
 
 def _communication(plan: Plan) -> list[str]:
