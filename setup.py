@@ -45,10 +45,11 @@ REQUIRES = [
     "ninja",
     "pybind11",
 ]
+DATA = ["pyarrow>=14", "py3langid>=0.3", "backports.zstd; python_version < '3.14'"]  # Parquet, languages, .zst
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": ["fastapi", "uvicorn"],
-    "data": ["pyarrow"],
+    "data": DATA,
     "convert": ["gguf>=0.17"],
     "test": [
         "pytest",
@@ -56,6 +57,7 @@ EXTRAS = {
         "transformers>=4.45",
         "peft>=0.13",
         "gguf>=0.17",
+        *DATA,
         "ruff",
         "nvidia-cuda-cuobjdump; sys_platform == 'linux'",
         "nvidia-cuda-nvdisasm; sys_platform == 'linux'",
