@@ -224,6 +224,9 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--tokenizer",
                         help="bytes; gpt2; bpe:VOCAB (trained on the input); or a path: a directory with encoder.json "
                              "and vocab.bpe, a .tiktoken file, a prepared dataset or a checkpoint's tokenizer/")
+    parser.add_argument("--add-tokens", nargs="+", metavar="WORD",
+                        help="words that become tokens of their own; a model of the tokenizer without them can go on "
+                             "with the data (checkpoint.init_from): their embeddings begin as the mean of their parts'")
     parser.add_argument("--compare-tokenizer", metavar="TOKENIZER", help="one more for the report: bytes per token")
     parser.add_argument("--text-field", help="JSONL, Parquet: the field with the text (default: text)")
     parser.add_argument("--document-separator", metavar="TEXT",

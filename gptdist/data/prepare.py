@@ -42,7 +42,7 @@ from gptdist.data.scrub import Scrub
 from gptdist.data.source import BadRecords, Position, Source, SourceReader, files_digest, find_sources
 from gptdist.data.source_stats import COMPARED_BYTES, SourceStats, TokenizerUse
 from gptdist.data.split import Splitter
-from gptdist.data.tokenizer import Tokenizer, build_tokenizer
+from gptdist.data.tokenizer import Tokenizer, add_tokens, build_tokenizer
 from gptdist.data.writer import DatasetWriter, resumable_directory
 from gptdist.errors import UserError
 
@@ -85,6 +85,7 @@ def prepare(config: PrepareConfig, progress: ProgressCallback | None = None) -> 
             tokenizer = Tokenizer.load(directory / "tokenizer")
         else:
             tokenizer = build_tokenizer(config.tokenizer, _training_texts(config, sources))
+            tokenizer = add_tokens(tokenizer, config.add_tokens) if config.add_tokens else tokenizer
             tokenizer.save(directory / "tokenizer")
         run = _Run(config, sources, tokenizer, directory, identity, progress)
         run.execute()

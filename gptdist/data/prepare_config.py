@@ -27,6 +27,8 @@ class PrepareConfig:
     """Directory to create: train/, val/, tokenizer/, report.json, report.html."""
     tokenizer: str = "gpt2"
     """bytes, gpt2, bpe:VOCAB, or a path; see `gptdist.data.tokenizer_build`."""
+    add_tokens: list[str] = field(default_factory=list)
+    """Words that become tokens of their own, after the tokenizer's."""
     compare_tokenizer: str | None = None
     """Another tokenizer, such as gpt2, whose bytes per token the report has beside this one's."""
     text_field: str = "text"

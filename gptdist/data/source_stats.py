@@ -55,6 +55,8 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
     lengths = np.zeros(tokenizer.vocab_size, np.int32)
     for token, rank in tokenizer.ranks.items():
         lengths[rank] = len(token)
+    for word in tokenizer.added:
+        lengths[tokenizer.specials[word]] = len(word.encode())
     return lengths
 
 
