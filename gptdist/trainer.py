@@ -46,7 +46,7 @@ class TrainState:
     tokens: int = 0  # target tokens seen
     val_loss: float | None = None  # validation loss of exactly these weights, if evaluated
     best_val_loss: float | None = None
-    dataset: str | None = None  # identifies the samples up to this step (Task.dataset_at); None: not trained here yet
+    dataset: str | None = None  # identifies the samples seen (Task.dataset_at); None: not trained here yet
     format: int = TRAIN_STATE_FORMAT
 
     @classmethod
@@ -212,7 +212,7 @@ class Trainer:
 
     def _resumable(self, checkpoint: Path) -> TrainState:
         state = TrainState.read(checkpoint)
-        check_resumed(self.task, checkpoint, state.dataset, state.step)
+        check_resumed(self.task, checkpoint, state.dataset, state.next_sample)
         return state
 
     def _announce(self, source: tuple[str, Path] | None) -> None:
@@ -277,10 +277,11 @@ class Trainer:
         lr = config.optim.lr * lr_factor(batch.step, config.train.steps, config.schedule)
         self._apply_or_discard(batch.step, norm, lr)
         loss = self.world.sum(loss_sum).item() / max(n_targets, 1)
+        next_sample = self.task.source.advance(self.state.next_sample)
         self.state = TrainState(
-            step=batch.step + 1, next_sample=self.task.source.advance(self.state.next_sample),
+            step=batch.step + 1, next_sample=next_sample,
             tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss,
-            dataset=self.task.dataset_at(batch.step + 1))
+            dataset=self.task.dataset_at(next_sample))
         seconds = time.perf_counter() - started
         row = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
                "tokens_per_s": (n_tokens or n_targets) / seconds, "stop": stop}

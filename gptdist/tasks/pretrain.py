@@ -51,14 +51,14 @@ class Pretrain(Task):
             self._phases = [Phase(0, (1,))]
             self.source = PretrainSource(trains[0], **options)
         self.config = resolve_steps(self.config, self.source.n_samples)
-        self.dataset_id = self.dataset_at(self.config.train.steps)
+        self.dataset_id = self.dataset_at(self._phases[-1].start + 1)
 
     @property
     def data_name(self) -> str:
         return ", ".join(f"{path}/train" for path in self._paths)
 
-    def dataset_at(self, step: int) -> str:
-        return phases_identity(self._phases, self._hashes, step * self.config.sequences_per_step)
+    def dataset_at(self, next_sample: int) -> str:
+        return phases_identity(self._phases, self._hashes, next_sample)
 
     def _resolve_phases(self, trains: list[TokenDataset]) -> list[Phase]:
         """The mixtures in samples; train.steps is set where epochs are given."""
