@@ -69,6 +69,7 @@ def test_goes_on_after_kills_byte_for_byte(tmp_path, small_steps):
     inputs = write_inputs(tmp_path)
     expected = prepare(PrepareConfig(**config_of(tmp_path, "whole", inputs)))
     assert expected["near_duplicates"]["hits"] > 40
+    assert expected["near_duplicates"]["table_bytes"] > 0
     assert expected["filters"]["duplicates"]["documents_out"] < expected["filters"]["duplicates"]["documents_in"]
     assert expected["scrubbed"] == {"email": 100}
     assert expected["bad"]["count"] == 1

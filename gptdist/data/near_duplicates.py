@@ -233,8 +233,8 @@ class BandTable:
         return not isinstance(self._slots, np.memmap)
 
     def grow(self, n_keys: int) -> None:
-        """Begin anew, empty, with room for `n_keys` and as many again."""
-        n_slots = max(_FIRST_SLOTS, 1 << (int(2 * n_keys / _FULL) - 1).bit_length())
+        """Begin anew, empty, with room for `n_keys` and up to as many again."""
+        n_slots = max(_FIRST_SLOTS, 1 << int(n_keys / _FULL).bit_length())
         self._slots = np.zeros(0, np.uint64)  # give the old memory back first
         if n_slots * 8 <= self._memory_bytes:
             self._slots = np.zeros(n_slots, np.uint64)

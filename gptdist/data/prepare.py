@@ -193,6 +193,7 @@ class _Run:
             splitter.finish()
             self._split_method = splitter.method
             self._check_splits()
+            self._near_report = self._near.report() if self._near else None  # before its table is closed
         self._seconds += time.perf_counter() - started
 
     def _open_filters(self, stack: ExitStack) -> None:
@@ -401,7 +402,7 @@ class _Run:
             "bad": asdict(self._bad),
             "filters": self._cleaner.report(),
             "scrubbed": self._scrub.replaced if self._scrub else {},
-            "near_duplicates": self._near.report() if self._near else None,
+            "near_duplicates": self._near_report,
             "split": {
                 "method": self._split_method,
                 **{
