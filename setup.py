@@ -46,10 +46,11 @@ REQUIRES = [
     "pybind11",
 ]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"]
+DATA = ["pyarrow>=14", "py3langid>=0.3", "backports.zstd; python_version < '3.14'"]  # Parquet, languages, .zst
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "serve": SERVE,
-    "data": ["pyarrow"],
+    "data": DATA,
     "evaluate": ["lm_eval>=0.4.13"],
     "convert": ["gguf>=0.17"],
     "test": [
@@ -62,6 +63,7 @@ EXTRAS = {
         "transformers>=4.45",
         "peft>=0.13",
         "gguf>=0.17",
+        *DATA,
         "ruff",
         "nvidia-cuda-cuobjdump; sys_platform == 'linux'",
         "nvidia-cuda-nvdisasm; sys_platform == 'linux'",

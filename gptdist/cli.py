@@ -45,10 +45,13 @@ Label texts with a classifier that `gptdist finetune` trained (task.name=classif
   gptdist classify runs/classify-spam --file messages.txt --json       (a text a line; .csv, .tsv, .jsonl by field)"""
 
 PREPARE_HELP = """\
-Turn raw text into a dataset directory: clean, tokenize, split off held-out documents, write shards.
+Turn raw text into a dataset directory: clean, tokenize, split off held-out documents, write shards. Killed, the same
+command goes on from where it was.
 
   gptdist prepare --input embedded --output data/embedded --tokenizer bpe:512
-  gptdist prepare --input 'corpus/*.txt' more.jsonl --output data/mine --tokenizer gpt2-files/"""
+  gptdist prepare --input 'corpus/*.txt' more.jsonl.zst web/ --output data/mine --tokenizer gpt2-files/ \\
+    --rules gopher lines --languages en --near-dedup 0.8 --scrub email phone ip
+  gptdist prepare --config configs/corpus-python.yaml"""
 
 EVALUATE_HELP = """\
 Score a checkpoint. Without --tasks: loss on the held-out split of its data, with --bigram beside a bigram model.
@@ -321,30 +324,50 @@ def _add_plot(commands) -> None:
 
 def _add_prepare(commands) -> None:
     parser = _command(commands, "prepare", run_prepare, "turn raw text into a dataset of tokens", PREPARE_HELP)
-    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="FILE_OR_GLOB",
-                        help="text or .jsonl files (also .gz), globs, or the word `embedded`: the English that comes "
-                             "with Python (its topics and docstrings, 2.2 MB)")
-    parser.add_argument("--output", required=True, help="directory to create: train/, val/, tokenizer/, report.json")
-    parser.add_argument("--tokenizer", required=True,
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--config", metavar="YAML", help="the settings below, by their long names (`min_chars: 200`)")
+    parser.add_argument("--input", nargs="+", dest="inputs", metavar="PATH",
+                        help="text, .jsonl or .parquet files (the first two also .gz, .bz2, .xz, .zst), directories, "
+                             "globs, or the word `embedded`: the English that comes with Python (its topics and "
+                             "docstrings, 2.2 MB). Each is a source of its own in the report")
+    parser.add_argument("--output", help="directory to create: train/, val/, tokenizer/, report.json, report.html")
+    parser.add_argument("--tokenizer",
                         help="bytes; char (the input's characters); gpt2; bpe:VOCAB (trained on the input); or a path: "
                              "a directory with encoder.json and vocab.bpe, a .tiktoken file, a prepared dataset or a "
                              "checkpoint's tokenizer/")
-    parser.add_argument("--text-field", default="text", help="JSONL: the field with the text (default: %(default)s)")
+    parser.add_argument("--add-tokens", nargs="+", metavar="WORD",
+                        help="words that become tokens of their own; a model of the tokenizer without them can go on "
+                             "with the data (checkpoint.init_from): their embeddings begin as the mean of their parts'")
+    parser.add_argument("--compare-tokenizer", metavar="TOKENIZER", help="one more for the report: bytes per token")
+    parser.add_argument("--text-field", help="JSONL, Parquet: the field with the text (default: text)")
     parser.add_argument("--document-separator", metavar="TEXT",
                         help="plain text: `blank-line`, or a text such as <|endoftext|>; default: a file is a document")
     parser.add_argument("--max-document-chars", type=int,
                         help="cut longer plain-text documents at the next paragraph")
-    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default: 0.05)")
-    parser.add_argument("--split", choices=("documents", "tail"), default="documents",
+    parser.add_argument("--skip-bad", action=switch, help="count records that cannot be read instead of failing")
+    parser.add_argument("--val-fraction", type=float, help="share of documents held out (default: 0.05)")
+    parser.add_argument("--split", choices=("documents", "tail"),
                         help="what is held out: documents; or tail: the end of the text, by characters, the input "
-                             "being one text without <|endoftext|> (default: %(default)s)")
-    parser.add_argument("--min-chars", type=int, default=1, help="drop shorter documents (default: %(default)s)")
-    parser.add_argument("--no-dedup", dest="dedup", action="store_false", help="keep exact duplicates")
-    parser.add_argument("--no-normalize", dest="normalize", action="store_false", help="leave Unicode as it is")
+                             "being one text without <|endoftext|>, unfiltered (default: documents)")
+    parser.add_argument("--min-chars", type=int, help="drop shorter documents (default: 1)")
+    parser.add_argument("--max-chars", type=int, help="drop longer documents (default: 0, off)")
+    parser.add_argument("--rules", nargs="+", metavar="RULE",
+                        help="quality rules: the groups gopher, c4, lines; a rule, RULE=LIMIT or RULE=off "
+                             "(gptdist/data/quality.py lists them)")
+    parser.add_argument("--languages", nargs="+", metavar="CODE", help="keep these only, such as en; needs `data`")
+    parser.add_argument("--language-min", type=float, help="least probability of the language (default: 0.5)")
+    parser.add_argument("--scrub", nargs="+", metavar="KIND", help="replace email, phone, ip by placeholders")
+    parser.add_argument("--dedup", action=switch, help="drop exact duplicates (default: yes)")
+    parser.add_argument("--near-dedup", type=float, metavar="LIKENESS",
+                        help="drop near-duplicates from this likeness on, such as 0.8 (default: 0, off)")
+    parser.add_argument("--near-dedup-memory-mb", type=int, help="a larger table is kept in a file (default: 1024)")
+    parser.add_argument("--normalize", action=switch, help="Unicode NFC (default: yes)")
+    parser.add_argument("--samples", type=int, help="dropped documents that the report shows of a filter (default: 5)")
     parser.add_argument("--workers", type=int, help="threads that tokenize (default: the cores)")
     parser.add_argument("--shard-tokens", type=int, help="tokens of a shard file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
-    parser.add_argument("--seed", type=int, default=0, help="key of the held-out split")
+    parser.add_argument("--overwrite", action="store_true", default=None,
+                        help="replace an existing output directory, and what a killed run of other settings left")
+    parser.add_argument("--seed", type=int, help="key of the held-out split (default: 0)")
 
 
 def _add_generate(commands) -> None:
@@ -439,23 +462,24 @@ def run_classify(args: argparse.Namespace) -> int:
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    import dataclasses
-
-    from gptdist.data.prepare import PrepareConfig, prepare
+    from gptdist.data.prepare import prepare
+    from gptdist.data.prepare_config import PrepareConfig, load_config
     from gptdist.data.progress import progress_bar
 
     names = [field.name for field in dataclasses.fields(PrepareConfig)]
-    config = PrepareConfig(**{name: value for name in names if (value := getattr(args, name)) is not None})
+    config = load_config(args.config, {name: value for name in names if (value := getattr(args, name)) is not None})
     with progress_bar() as progress:
         report = prepare(config, progress)
     for name, counts in report["filters"].items():
         print(f"{name}: {counts['documents_in']:,} -> {counts['documents_out']:,} documents, "
               f"{counts['characters_in']:,} -> {counts['characters_out']:,} characters")
+    if bad := report["bad"]["count"]:
+        print(f"bad: {bad:,} records left out, the first: {report['bad']['examples'][0]}")
     for split in ("train", "val"):
         if counts := report["split"].get(split):
             print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     print(f"{report['characters_per_token']:.2f} characters per token, "
-          f"{report['speed']['tokens_per_s']:,.0f} tokens/s; report: {config.output}/report.json")
+          f"{report['speed']['tokens_per_s']:,.0f} tokens/s; report: {config.output}/report.html")
     return EXIT_DONE
 
 

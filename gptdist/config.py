@@ -27,6 +27,10 @@ def _option(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise UserError(message)
@@ -100,20 +104,70 @@ class DataConfig:
                              "--split tail` does it")
     tokenizer: str = _option("char", "of data.input: char, bytes, gpt2, bpe:VOCAB or a path")
     val_fraction: float = _option(0.1, "share of data.input's characters, its last ones, that are for validation")
+    mixture: list[dict[str, Any]] = _option(
+        (), "in place of path, several datasets of one tokenizer: [{path: DIR, weight: 0.7}, ...], the weight being a "
+            "share of the windows; or epochs: N in place of every weight, passes over it in the whole run, which sets "
+            "train.steps. from_step: N of an entry: it belongs to the mixture that takes over after N steps")
+    validation: list[dict[str, Any]] = _option(
+        (), "validation sets, each reported as val_loss_NAME beside their mean: [{name: web, path: DIR}, ...]; empty: "
+            "the val/ of path, or of each dataset of the mixture")
     shuffle: bool = _option(True, "visit the windows in a keyed random order, another one each epoch")
     document_mask: bool = _option(False, "attention does not look across document borders inside a window")
     workers: int = _option(1, "threads that read batches ahead; 0 reads in line. Never changes which tokens are seen")
     skip: list[list[int]] = _option((), "sample ranges [start, stop) to leave out, e.g. after a loss spike")
 
     def __post_init__(self) -> None:
+        _require(not (self.input and self.mixture), f"data.input={self.input} is what data.path is made of, but "
+                                                    f"data.mixture is given: use one")
         _require(not self.input or bool(self.path),
                  f"data.input={self.input}, but data.path is empty: set it to the directory to prepare it in")
         _require(0 <= self.val_fraction < 1, f"data.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
         _require(self.workers >= 0, f"data.workers is {self.workers}, expected 0 or more")
         object.__setattr__(self, "skip", [list(pair) for pair in self.skip])
+        object.__setattr__(self, "mixture", [dict(entry) for entry in self.mixture])
+        object.__setattr__(self, "validation", [dict(entry) for entry in self.validation])
+        _require(not (self.path and self.mixture), f"data.path={self.path} and data.mixture are both given: use one")
+        self._check_mixture()
+        self._check_validation()
         for pair in self.skip:
             _require(len(pair) == 2 and 0 <= pair[0] <= pair[1],
                      f"data.skip has {pair}, expected [start, stop) with 0 <= start <= stop")
+
+    def _check_mixture(self) -> None:
+        for entry in self.mixture:
+            _require(set(entry) <= {"path", "weight", "epochs", "from_step"} and isinstance(entry.get("path"), str)
+                     and ("weight" in entry) != ("epochs" in entry),
+                     f"data.mixture has {entry}, expected path, weight or epochs, and perhaps from_step")
+            amount, step = entry.get("weight", entry.get("epochs")), entry.get("from_step", 0)
+            _require(_is_number(amount) and 0 <= amount < float("inf"),
+                     f"data.mixture: weight or epochs of {entry['path']} is {amount!r}, expected at least 0")
+            _require(isinstance(step, int) and not isinstance(step, bool) and step >= 0,
+                     f"data.mixture: from_step of {entry['path']} is {step!r}, expected a step of at least 0")
+        phases = self.phases()
+        for step, entries in phases:
+            kind = "epochs" if "epochs" in entries[0] else "weight"
+            paths = [entry["path"] for entry in entries]
+            _require(len(set(paths)) == len(paths), f"data.mixture has {paths} from step {step} on: one of them twice")
+            _require(all(kind in entry for entry in entries), "data.mixture has weights and epochs: use one of the two")
+            _require(sum(entry[kind] for entry in entries) > 0,
+                     f"data.mixture: the {kind}s of {', '.join(paths)} from step {step} on sum to zero, expected more")
+            _require(kind == "weight" or len(phases) == 1,
+                     "data.mixture has epochs and from_step: use weights in a mixture that changes")
+        _require(not phases or phases[0][0] == 0,
+                 "data.mixture begins at a later step: one of its entries needs no from_step")
+
+    def phases(self) -> list[tuple[int, list[dict[str, Any]]]]:
+        """(first step, entries) of each mixture, in order."""
+        steps = sorted({entry.get("from_step", 0) for entry in self.mixture})
+        return [(step, [one for one in self.mixture if one.get("from_step", 0) == step]) for step in steps]
+
+    def _check_validation(self) -> None:
+        for entry in self.validation:
+            _require(set(entry) == {"name", "path"} and all(isinstance(one, str) and one for one in entry.values())
+                     and re.fullmatch(r"[\w.-]+", entry["name"]) is not None,
+                     f"data.validation has {entry}, expected a name of letters, digits, _, . and -, and a path")
+        names = [entry["name"] for entry in self.validation]
+        _require(len(set(names)) == len(names), f"data.validation has a name twice: {names}")
 
 
 @dataclass(frozen=True, kw_only=True)

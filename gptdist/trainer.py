@@ -50,7 +50,7 @@ class TrainState:
     tokens: int = 0  # target tokens seen
     val_loss: float | None = None  # validation loss of exactly these weights, if evaluated
     best_val_loss: float | None = None
-    dataset: str | None = None  # sha256 of the training split's meta.json; None: not trained here yet
+    dataset: str | None = None  # identifies the samples seen (Task.dataset_at); None: not trained here yet
     format: int = TRAIN_STATE_FORMAT
 
     @classmethod
@@ -78,7 +78,7 @@ class Trainer:
         self.config = self.task.config
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / "checkpoints"
-        self.state = TrainState(dataset=self.task.dataset_id)
+        self.state = TrainState(dataset=self.task.dataset_at(0))
         self.stop = StopSignal()
         self.strategy = self.ranks.on_all(lambda: make_strategy(world, self.config))
         self.tasks = self.ranks.on_all(self._open_tasks)
@@ -230,7 +230,7 @@ class Trainer:
 
     def _resumable(self, checkpoint: Path) -> TrainState:
         state = TrainState.read(checkpoint)
-        check_resumed(self.task, checkpoint, state.dataset)
+        check_resumed(self.task, checkpoint, state.dataset, state.next_sample)
         return state
 
     def _announce(self, source: tuple[str, Path] | None) -> None:
@@ -295,10 +295,11 @@ class Trainer:
         lr = config.optim.lr * lr_factor(batch.step, config.train.steps, config.schedule)
         self._apply_or_discard(batch.step, norm, lr)
         loss = self.world.sum(loss_sum).item() / max(n_targets, 1)
+        next_sample = self.task.source.advance(self.state.next_sample)
         self.state = TrainState(
-            step=batch.step + 1, next_sample=self.task.source.advance(self.state.next_sample),
+            step=batch.step + 1, next_sample=next_sample,
             tokens=self.state.tokens + n_targets, best_val_loss=self.state.best_val_loss,
-            dataset=self.task.dataset_id)
+            dataset=self.task.dataset_at(next_sample))
         seconds = time.perf_counter() - started
         row = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": n_targets, "data_hash": data_hash,
                "tokens_per_s": (n_tokens or n_targets) / seconds, "stop": stop}

@@ -5,10 +5,20 @@ import json
 import numpy as np
 import pytest
 
+from gptdist.cli import main
 from gptdist.config import DataConfig, load
 from gptdist.convert.tokenizer import hugging_face_files
 from gptdist.data.prepare import PrepareConfig, prepare, prepare_input
-from gptdist.data.tokenizer import EOT, CharTokenizer, StreamDecoder, Tokenizer, build_tokenizer, extend
+from gptdist.data.tokenizer import (
+    EOT,
+    CharTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    add_tokens,
+    build_tokenizer,
+    extend,
+    parts_of_new,
+)
 from gptdist.errors import UserError
 from gptdist.tasks.pretrain import open_data
 from tests.training import eval_losses, run_tiny
@@ -47,6 +57,24 @@ def test_special_tokens_in_a_text():
     assert tokenizer.encode(f"a{EOT}b<|user|>", allow_special=True) == [
         tokenizer.encode("a")[0], tokenizer.eot, tokenizer.encode("b")[0], tokenizer.eot + 1]
     assert len(tokenizer.encode(EOT)) == len(EOT)
+
+
+def test_added_words_are_tokens_wherever_they_are_written(tmp_path):
+    plain = build_tokenizer("char", ["cab"])
+    tokenizer = add_tokens(plain, ["ab", "abc"])
+    assert isinstance(tokenizer, CharTokenizer)
+    assert tokenizer.encode("cabcab") == [2, 5, 4]
+    assert tokenizer.encode("cabcab", allow_special=True) == [2, 5, 4]
+    assert tokenizer.decode([2, 5, 4]) == "cabcab"
+    assert add_tokens(tokenizer, ["ca"]).encode("caab") == [6, 4]
+    assert parts_of_new(plain, tokenizer) == [[0, 1], [0, 1, 2]]
+    with pytest.raises(UserError, match=r"character 'd' \(U\+0064\), at 3 of the text"):
+        tokenizer.encode("abcd")
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert isinstance(loaded, CharTokenizer)
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode("cabcab") == [2, 5, 4]
 
 
 def test_it_is_saved_and_loaded(tmp_path):
@@ -104,12 +132,53 @@ def test_files_are_one_text_with_nothing_between(text, tmp_path):
     assert tokenizer.decode(train.window(0, len(train)).tolist()) == TEXT + "more"
 
 
+def test_one_text_is_one_source_of_the_report(text, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "more 🙂"}) + "\n", encoding="utf-8")
+    report = prepare(PrepareConfig(inputs=[str(text), str(other)], output=str(tmp_path / "out"), tokenizer="char",
+                                   split="tail", add_tokens=["to be"], compare_tokenizer="bytes"))
+    [source] = report["sources"]
+    assert source["name"] == f"{text}, {other}"
+    assert source["files"] == 2
+    assert source["tokens"] == report["tokens"] == len(TEXT + "more 🙂") - 997 * (len("to be") - 1)
+    assert [use["bytes"] for use in source["compared"]] == [len((TEXT + "more 🙂").encode())] * 2
+    assert [use["tokens"] for use in source["compared"]] == [report["tokens"], len((TEXT + "more 🙂").encode())]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("setting", "shown"), [
+    ({"min_chars": 2}, "--min-chars 2"), ({"max_chars": 9}, "--max-chars 9"), ({"rules": ["c4"]}, "--rules c4"),
+    ({"languages": ["en", "de"]}, "--languages en de"), ({"scrub": ["ip"]}, "--scrub ip"),
+    ({"near_dedup": 0.8}, "--near-dedup 0.8"), ({"document_separator": "<|x|>"}, "--document-separator '<|x|>'")])
+def test_one_text_is_not_filtered(text, tmp_path, setting, shown):
+    with pytest.raises(UserError) as caught:
+        prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "out"), tokenizer="char", split="tail",
+                              **setting))
+    assert str(caught.value).startswith(f"--split tail with {shown}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_split_from_a_file_of_settings(text, tmp_path, capsys):
+    settings = tmp_path / "corpus.yaml"
+    settings.write_text(f"input: ['{text}']\noutput: '{tmp_path / 'out'}'\ntokenizer: char\nsplit: tail\n",
+                        encoding="utf-8")
+    assert main(["prepare", "--config", str(settings)]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["split"]["method"] == "last characters"
+    settings.write_text(settings.read_text().replace("tail", "end"), encoding="utf-8")
+    assert main(["prepare", "--config", str(settings)]) == 2
+    assert "--split is end, expected documents or tail" in capsys.readouterr().err
+
+
 def test_settings_that_do_not_fit(text, tmp_path):
     with pytest.raises(UserError, match="--split tail with --document-separator 'blank-line'"):
         prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "out"), tokenizer="char", split="tail",
                               document_separator="blank-line"))
     with pytest.raises(UserError, match=r"data\.input=x, but data\.path is empty"):
         load(None, ["--data.input=x"])
+    with pytest.raises(UserError, match=r"data\.input=x is what data\.path is made of, but data\.mixture is given"):
+        load(None, ["--data.input=x", "--data.mixture=[{path: y, weight: 1}]"])
+    with pytest.raises(UserError, match="--compare-tokenizer is char, which is made from texts"):
+        prepare(PrepareConfig(inputs=[str(text)], output=str(tmp_path / "out"), compare_tokenizer="char"))
     with pytest.raises(UserError, match=r"data\.val_fraction is 1\.0"):
         load(None, ["--data.val_fraction=1"])
     with pytest.raises(UserError, match=r"data\.input=x is for pretraining, but task\.name=dpo"):

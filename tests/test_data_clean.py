@@ -1,12 +1,22 @@
 """Filters and their counts."""
 
+import json
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptdist.data.clean import Cleaner, SeenDigests, long_enough, normalize_nfc, remove_control, text_digest
+from gptdist.data.clean import (
+    Cleaner,
+    Duplicates,
+    Each,
+    SeenDigests,
+    long_enough,
+    normalize_nfc,
+    remove_control,
+    text_digest,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +46,18 @@ def test_long_enough_does_not_count_outer_whitespace():
     assert not long_enough("  a   \n", 2)
 
 
-def test_counts(tmp_path):
-    cleaner = Cleaner(normalize=True, min_chars=3, seen=SeenDigests(tmp_path))
+def cleaner_of(tmp_path, samples=0):
+    return Cleaner([
+        Each("control", remove_control), Each("nfc", normalize_nfc),
+        Each("min_chars", lambda text: text if long_enough(text, 3) else None), Duplicates(SeenDigests(tmp_path)),
+    ], samples=samples)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_counts(tmp_path, batch):
+    cleaner = cleaner_of(tmp_path)
     texts = ["abc\x00", "abc", "e\u0301tude", "\u00e9tude", "x", "other"]
-    kept = [cleaned[0] for text in texts if (cleaned := cleaner.clean(text))]
+    kept = [text for i in range(0, 6, batch) for text in cleaner.clean(texts[i:i + batch])[0]]
     assert kept == ["abc", "\u00e9tude", "other"]
     counts = {name: (count.documents_in, count.documents_out) for name, count in cleaner.counts.items()}
     assert counts == {"control": (6, 6), "nfc": (6, 6), "min_chars": (6, 5), "duplicates": (5, 3)}
@@ -48,11 +66,19 @@ def test_counts(tmp_path):
     assert cleaner.report()["duplicates"]["characters_out"] == sum(map(len, kept))
 
 
-def test_filters_can_be_off():
-    cleaner = Cleaner(normalize=False, min_chars=0, seen=None)
-    assert cleaner.clean("e\u0301")[0] == "e\u0301"
-    assert cleaner.clean("e\u0301") is not None
-    assert list(cleaner.report()) == ["control", "min_chars"]
+def test_samples_do_not_depend_on_the_order_and_survive_a_restart(tmp_path):
+    texts = [chr(ord("a") + i) for i in range(20)]
+    first, second = cleaner_of(tmp_path, samples=3), cleaner_of(tmp_path, samples=3)
+    assert first.clean(texts, [f"f:{i}" for i in range(20)]) == ([], [])
+    second.clean(texts[:7:-1], [f"f:{i}" for i in range(19, 7, -1)])
+    third = cleaner_of(tmp_path, samples=3)
+    third.restore(json.loads(json.dumps(second.state())))
+    third.clean(texts[7::-1], [f"f:{i}" for i in range(7, -1, -1)])
+    assert third.samples() == first.samples()
+    assert third.report() == first.report()
+    found = first.samples()["min_chars"]
+    assert len(found) == 3
+    assert all(texts[int(sample["where"][2:])] == sample["text"] for sample in found)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 10, 1000])

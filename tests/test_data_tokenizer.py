@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptdist.data import tokenizer_build
 from gptdist.data.corpus import embedded_documents
-from gptdist.data.tokenizer import EOT, StreamDecoder, Tokenizer, build_tokenizer, extend
+from gptdist.data.tokenizer import EOT, StreamDecoder, Tokenizer, add_tokens, build_tokenizer, extend, parts_of_new
 from gptdist.errors import UserError
 
 BYTES = build_tokenizer("bytes")
@@ -275,3 +275,24 @@ def test_rank_file_needs_all_bytes(tmp_path):
     path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(100)))
     with pytest.raises(UserError, match="156 of the 256 byte tokens are missing"):
         build_tokenizer(str(path))
+
+
+def test_added_tokens_are_found_in_the_text_and_saved(tmp_path):
+    old = build_tokenizer("bytes")
+    new = add_tokens(old, ["torch", "日本"])
+    assert new.vocab_size == old.vocab_size + 2
+    assert new.encode("a torch 日本!<|endoftext|>")[:4] == [97, 32, 257, 32]
+    assert new.decode(new.encode("a torch 日本!")) == "a torch 日本!"
+    assert new.encode_array("a torch 日本!").tolist() == new.encode("a torch 日本!") == [97, 32, 257, 32, 258, 33]
+    assert EOT not in [new.decode([i]) for i in new.encode("x<|endoftext|>")]
+    new.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.hash == new.hash != extend(old, ["torch", "日本"]).hash
+    assert loaded.encode("torch") == [257]
+    assert parts_of_new(old, loaded) == [list(b"torch"), list("日本".encode())]
+    assert parts_of_new(old, old) == []
+    assert parts_of_new(new, old) is None
+    assert parts_of_new(build_tokenizer("bpe:260", ["abab abab"]), new) is None
+    for bad in ([""], ["torch", "torch"], ["a"], [EOT]):
+        with pytest.raises(UserError, match="is empty, given twice, or a token"):
+            add_tokens(old, bad)

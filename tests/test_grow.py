@@ -70,3 +70,16 @@ def test_rows_of_flat_shards(first):
         for start, stop in itertools.pairwise(cuts):
             fill_rows(FlatShard(flat[start:stop], start, (6, 4)), first, rows)
         assert torch.equal(flat.view(6, 4), whole)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_word_starts_as_the_mean_of_its_parts(tmp_path, tied):
+    old, path = saved(tmp_path, tied=tied)
+    new = small_model(vocab_size=303, tied=tied).requires_grad_(False)
+    load_grown(path, state(new), trained=300, seed=3, parts=[[1, 2, 3], [7]])
+    for name in {"wte.weight", *(() if tied else ("head.weight",))}:
+        was, now = old.get_parameter(name), new.get_parameter(name)
+        assert torch.equal(now[:300], was[:300])
+        assert torch.allclose(now[300], was[1:4].mean(0))
+        assert torch.equal(now[301], was[7])
+        assert not torch.equal(now[302], was[7])

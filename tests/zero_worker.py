@@ -81,7 +81,8 @@ def small_config(out: Path, *overrides: str) -> config_module.Config:
     # Without the bias of qkv: that of the keys has no gradient but rounding, which Adam makes large.
     return config_module.load(None, [
         "--model.vocab_size=300", "--model.width=32", "--model.context=16", "--train.tokens_per_step=128",
-        "--train.micro_batch=2", "--train.precision=fp32", "--model.qkv_bias=false", f"--run.dir={out}/small", *overrides])
+        "--train.micro_batch=2", "--train.precision=fp32", "--model.qkv_bias=false", f"--run.dir={out}/small",
+        *overrides])
 
 
 def check_discarded(out: Path, *overrides: str) -> None:

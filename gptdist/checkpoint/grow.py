@@ -1,12 +1,14 @@
-"""New special tokens for a trained model: its vocabulary's tensors get more rows than their checkpoint has.
+"""New tokens for a trained model: its vocabulary's tensors get more rows than their checkpoint has.
 
+A token that is a word starts as the mean of the rows of the tokens it was written with before. For one that stands for
+no text:
 A new row is the mean of the trained rows plus the initial values that the model gives that row: its logit starts near
 the average one, so that it takes no probability from the words that are there, and no two new tokens are the same.
 Rows of padding, trained by nothing, count as new. Works for any sharding: every rank fills its own part.
 Source: Hewitt, "Initializing new word embeddings for pretrained language models" (2021).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,22 +25,28 @@ VOCABULARY_KEYS = ("model.wte.weight", "model.head.weight")  # a row a token
 
 
 def load_grown(path: Path, tensors: Mapping[str, Tensor], *, trained: int, seed: int,
-               process_group: dist.ProcessGroup | None = None, **options) -> list[str]:
+               parts: Sequence[Sequence[int]] = (), process_group: dist.ProcessGroup | None = None,
+               **options) -> list[str]:
     """restore.load_weights for a model with more tokens than the checkpoint, which has `trained` ids.
 
-    A collective call. tensors: plain, DTensor or FlatShard. Options go to store.load.
+    A collective call. parts: ids that the first new tokens are made of, one list each. tensors: plain, DTensor or
+    FlatShard. Options go to store.load.
     """
     missing = load_weights(path, tensors, process_group, grow=VOCABULARY_KEYS, **options)
     for key in VOCABULARY_KEYS:
         if key in tensors and key not in missing:
-            mean = Ranks(process_group).on_coordinator(lambda key=key: mean_row(path, key, trained))
-            fill_rows(tensors[key], trained, _new_rows(key, tensors[key].shape, trained, mean, seed))
+            means = Ranks(process_group).on_coordinator(lambda key=key: mean_rows(path, key, trained, parts))
+            rows = _new_rows(key, tensors[key].shape, trained, means[0], seed)
+            rows[: len(parts)] = means[1:]
+            fill_rows(tensors[key], trained, rows)
     return missing
 
 
-def mean_row(path: Path, key: str, rows: int) -> Tensor:
-    """Mean of the first rows of a checkpoint's (V, C) tensor: (C,) fp32."""
-    return MergedReader(path).read(key)[:rows].mean(0, dtype=torch.float32)
+def mean_rows(path: Path, key: str, rows: int, parts: Sequence[Sequence[int]]) -> Tensor:
+    """Means of rows of a (V, C) tensor, of the first `rows` and of each of `parts`: (1 + parts, C) fp32."""
+    table = MergedReader(path).read(key)[:rows]
+    groups = [table, *(table[list(ids)] for ids in parts)]
+    return torch.stack([group.mean(0, dtype=torch.float32) for group in groups])
 
 
 def _new_rows(key: str, shape: torch.Size, first: int, mean: Tensor, seed: int) -> Tensor:

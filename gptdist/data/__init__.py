@@ -1,5 +1,6 @@
 """Text to tokens to batches.
 
-corpus (embedded English text) -> clean (filters) -> tokenizer -> prepare (writes a dataset directory)
+read, parquet, compressed, corpus (documents) -> clean (runs filters: quality, language, scrub, near_duplicates)
+-> tokenizer -> prepare (writes a dataset directory and its report)
 -> format (reads and verifies it) -> order (keyed permutation of samples) -> loader (batches of every rank).
 """

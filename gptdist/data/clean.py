@@ -1,14 +1,18 @@
-"""Text filters, each a small pure function, and the counts of what each let through.
+"""Filters of documents: the basic ones, and the `Cleaner` that runs a list of filters and counts what each let through.
 
-Order: control characters removed, Unicode NFC, minimal length, exact duplicates. Characters are Unicode code points.
+A filter takes the texts of a batch, in order, and gives for each the text that goes on, or why it was dropped; what it
+gives never depends on where batches end. Characters are Unicode code points.
 """
 
 import hashlib
+import heapq
 import re
 import sqlite3
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 # C0 and C1 controls except \t and \n, DEL, the byte order mark, and lone surrogates (JSON escapes can make them, and
 # they have no UTF-8 form).
@@ -112,35 +116,127 @@ class SeenDigests:
         self._database = database
 
 
-class Cleaner:
-    """Runs the filters over a stream of documents and counts each; one instance per run, not thread-safe."""
+@dataclass(frozen=True)
+class Dropped:
+    """In place of a text: it was dropped. rule: which of the filter's names. reason: such as `0.31 > 0.2`."""
 
-    def __init__(self, *, normalize: bool, min_chars: int, seen: SeenDigests | None):
-        """normalize: apply NFC. min_chars: minimal length. seen: drop exact duplicates; None keeps them."""
-        self._normalize = normalize
-        self._min_chars = min_chars
+    rule: str
+    reason: str = ""
+
+
+class Filter(Protocol):
+    names: Sequence[str]  # of what it may drop for, in the order it looks; counted one by one
+
+    def __call__(self, texts: list[str]) -> list[str | Dropped]: ...
+
+
+class Each:
+    """A filter of a function of one text that returns the text to go on with, or None to drop it."""
+
+    def __init__(self, name: str, function: Callable[[str], str | None], reason: str = ""):
+        self.names = (name,)
+        self._function = function
+        self._dropped = Dropped(name, reason)
+
+    def __call__(self, texts: list[str]) -> list[str | Dropped]:
+        results = map(self._function, texts)
+        return [self._dropped if text is None else text for text in results]
+
+
+class Duplicates:
+    """Drops texts that were seen before. Its digests also go to `log`, where there is one, for `restore`."""
+
+    names = ("duplicates",)
+
+    def __init__(self, seen: SeenDigests):
         self._seen = seen
-        names = ["control"] + ["nfc"] * normalize + ["min_chars"] + ["duplicates"] * (seen is not None)
-        self.counts = {name: FilterCount() for name in names}
+        self.log: Callable[[bytes], object] = lambda digest: None
 
-    def clean(self, text: str) -> tuple[str, bytes] | None:
-        """Return (cleaned text, its digest), or None if a filter dropped the document."""
-        text = self._count("control", text, remove_control(text))
-        if self._normalize:
-            text = self._count("nfc", text, normalize_nfc(text))
-        if self._count("min_chars", text, text if long_enough(text, self._min_chars) else None) is None:
-            return None
-        digest = text_digest(text)
-        if self._seen is not None:
-            is_new = self._seen.add(digest)
-            if self._count("duplicates", text, text if is_new else None) is None:
-                return None
-        return text, digest
+    def __call__(self, texts: list[str]) -> list[str | Dropped]:
+        return [text if self._is_new(text_digest(text)) else Dropped("duplicates") for text in texts]
+
+    def _is_new(self, digest: bytes) -> bool:
+        is_new = self._seen.add(digest)
+        if is_new:
+            self.log(digest)
+        return is_new
+
+    def restore(self, logged: bytes) -> None:
+        """Take what `log` was given before."""
+        for start in range(0, len(logged), _DIGEST_BYTES):
+            self._seen.add(logged[start : start + _DIGEST_BYTES])
+
+
+class Samples:
+    """A few of the dropped texts, the same whatever the order and the batches: those with the smallest digests."""
+
+    def __init__(self, limit: int, excerpt_chars: int = 400):
+        self._limit = limit
+        self._excerpt_chars = excerpt_chars
+        self._heap: list[tuple[int, str, str, str]] = []  # (-digest, where, reason, excerpt)
+
+    def add(self, text: str, where: str, reason: str) -> None:
+        if self._limit == 0:
+            return
+        key = -int.from_bytes(text_digest(text[:10_000])[:8], "little")
+        if len(self._heap) < self._limit or key > self._heap[0][0]:
+            heapq.heappush(self._heap, (key, where, reason, text[: self._excerpt_chars]))
+            if len(self._heap) > self._limit:
+                heapq.heappop(self._heap)
+
+    def state(self) -> list[list]:
+        return [list(item) for item in self._heap]
+
+    def restore(self, state: list[list]) -> None:
+        self._heap = [tuple(item) for item in state]
+        heapq.heapify(self._heap)
+
+    def report(self) -> list[dict[str, str]]:
+        return [{"where": where, "reason": reason, "text": text} for _, where, reason, text in sorted(self._heap)]
+
+
+class Cleaner:
+    """Runs filters over batches of documents and counts each; one instance per run, not thread-safe."""
+
+    def __init__(self, filters: Sequence[Filter], samples: int = 0):
+        """samples: how many of the texts that each filter drops are kept for the report."""
+        self._filters = list(filters)
+        names = [name for one in self._filters for name in one.names]
+        self.counts = {name: FilterCount() for name in names}
+        self._samples = {name: Samples(samples) for name in names}
+
+    def clean(self, texts: list[str], where: Sequence[str] = ()) -> tuple[list[str], list[int]]:
+        """Return (the texts that are left, cleaned; the index that each had). where: of each text, for the samples."""
+        kept = list(range(len(texts)))
+        for one in self._filters:
+            results = one(texts)
+            self._count(one, texts, results, [where[i] for i in kept] if where else [""] * len(kept))
+            kept = [i for i, after in zip(kept, results, strict=True) if isinstance(after, str)]
+            texts = [after for after in results if isinstance(after, str)]
+        return texts, kept
+
+    def _count(self, one: Filter, texts: list[str], results: list[str | Dropped], where: list[str]) -> None:
+        for before, after, place in zip(texts, results, where, strict=True):
+            for name in one.names:
+                if isinstance(after, Dropped) and after.rule == name:
+                    self.counts[name].add(before, None)
+                    self._samples[name].add(before, place, after.reason)
+                    break
+                self.counts[name].add(before, before if isinstance(after, Dropped) else after)
 
     def report(self) -> dict[str, dict[str, int]]:
         """Return the counts by filter, in the order the filters run."""
         return {name: asdict(count) for name, count in self.counts.items()}
 
-    def _count(self, name: str, before: str, after: str | None) -> str | None:
-        self.counts[name].add(before, after)
-        return after
+    def samples(self) -> dict[str, list[dict[str, str]]]:
+        """Return what was kept of the texts that each filter dropped: where, reason, beginning of the text."""
+        return {name: found for name, samples in self._samples.items() if (found := samples.report())}
+
+    def state(self) -> dict:
+        """What `restore` goes on from, as JSON can hold it."""
+        return {"counts": self.report(), "samples": {name: one.state() for name, one in self._samples.items()}}
+
+    def restore(self, state: dict) -> None:
+        self.counts = {name: FilterCount(**state["counts"][name]) for name in self.counts}
+        for name, one in self._samples.items():
+            one.restore(state["samples"][name])

@@ -7,7 +7,7 @@ and restarts change neither which samples a step has nor their order. Shapes: B 
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,43 +69,39 @@ def numbers_of_step(next_sample: int, count: int, skipped: Sequence[tuple[int, i
     return np.concatenate([*pieces, np.arange(number, number + needed)]).astype(np.int64)
 
 
-class PretrainSource:
-    """Windows of `context` tokens, stride `context`: sample i has tokens [i T, i T + T) and targets one further.
+class WindowSource:
+    """Windows of `context` tokens, stride `context`: window i has tokens [i T, i T + T) and targets one further.
 
-    A `loss_mask` stream, where the dataset has one, turns targets it marks 0 into -100.
+    A `loss_mask` stream, where a dataset has one, turns targets it marks 0 into -100. Which windows there are, in which
+    order, is the subclasses': PretrainSource of one dataset, mixture.MixtureSource of several.
     """
+
+    n_samples: int  # of an epoch
 
     def __init__(
         self,
-        dataset: TokenDataset,
         *,
         context: int,
         sequences_per_step: int,
         micro_batch: int,
         rank: int = 0,
         world: int = 1,
-        seed: int,
-        shuffle: bool = True,
         document_mask: bool = False,
         eot: int | None = None,
+        eot_of: TokenDataset,
+        has_mask: bool,
         skipped: Sequence[Sequence[int]] = (),
     ):
         """skipped: [start, stop) ranges of sample numbers never to be used. eot: needed for `document_mask` when the
-        dataset is a raw file. Raises UserError when the dataset is shorter than a window, or the world too large."""
+        dataset, eot_of, is a raw file. has_mask: some dataset has a loss mask. Raises UserError when the world is too
+        large."""
         _check_sizes(context, sequences_per_step, micro_batch, world)
-        if len(dataset) < context + 1:
-            raise UserError(
-                f"{dataset.path}: {len(dataset)} tokens, expected at least model.context + 1 = {context + 1}; "
-                "use more text or a shorter model.context"
-            )
-        self.n_samples = (len(dataset) - 1) // context
         self.context = context
         self.sequences_per_step = sequences_per_step
-        self._dataset = dataset
+        self._has_mask = has_mask
         self._share = rank_share(sequences_per_step, rank, world)
         self._n_micro, self._micro_batch = micro_batches_per_step(sequences_per_step, world, micro_batch)
-        self._order = SampleOrder(self.n_samples, seed, shuffle)
-        self._eot = _document_end(dataset, eot) if document_mask else None
+        self._eot = _document_end(eot_of, eot) if document_mask else None
         self._skipped = checked_ranges(skipped)
 
     def sample_numbers(self, next_sample: int) -> np.ndarray:
@@ -124,25 +120,56 @@ class PretrainSource:
         start, stop = self._share
         numbers = self.sample_numbers(next_sample)[start:stop]
         rows = _Rows(self._n_micro * self._micro_batch, self.context)
-        data_hash = 0
-        for row, (number, index) in enumerate(zip(numbers.tolist(), self._order.index(numbers).tolist(), strict=True)):
-            data_hash += self._fill(rows, row, number, index * self.context)
-        rows.check_ids(self._dataset)
+        data_hash, datasets = 0, []
+        for row, (number, (dataset, index)) in enumerate(zip(numbers.tolist(), self._located(numbers), strict=True)):
+            data_hash += _fill(rows, row, number, dataset, index * self.context)
+            datasets.append(dataset)
+        rows.check_ids(datasets)
         n_targets = len(numbers) * self.context
-        if self._dataset.has_stream("loss_mask"):
+        if self._has_mask:
             n_targets = int((rows.targets != IGNORED).sum())
         return StepBatch(step, rows.batches(self._micro_batch, self._eot), n_targets, data_hash)
 
-    def _fill(self, rows: "_Rows", row: int, number: int, start: int) -> int:
-        """Read one window into a row; return its hash."""
-        window = self._dataset.window(start, self.context + 1)  # (T + 1,)
-        rows.tokens[row] = window[:-1]
-        rows.targets[row] = window[1:]
-        rows.sample_ids[row] = number
-        if self._dataset.has_stream("loss_mask"):
-            mask = self._dataset.window(start + 1, self.context, "loss_mask")
-            rows.targets[row][mask == 0] = IGNORED
-        return zlib.crc32(window, zlib.crc32(number.to_bytes(8, "little")))
+    def _located(self, numbers: np.ndarray) -> Iterable[tuple[TokenDataset, int]]:
+        """(dataset, index of the window in it) of each sample number, int64 (n,)."""
+        raise NotImplementedError
+
+
+class PretrainSource(WindowSource):
+    """The windows of one dataset, each once in an epoch."""
+
+    def __init__(self, dataset: TokenDataset, *, context: int, seed: int, shuffle: bool = True, **options):
+        """options: as `WindowSource` has them. Raises UserError when the dataset is shorter than a window."""
+        super().__init__(context=context, has_mask=dataset.has_stream("loss_mask"), eot_of=dataset, **options)
+        self.n_samples = windows_of(dataset, context)
+        self._dataset = dataset
+        self._order = SampleOrder(self.n_samples, seed, shuffle)
+
+    def _located(self, numbers: np.ndarray) -> Iterable[tuple[TokenDataset, int]]:
+        return ((self._dataset, index) for index in self._order.index(numbers).tolist())
+
+
+def windows_of(dataset: TokenDataset, context: int) -> int:
+    """How many windows a dataset has. Raises UserError where it is none."""
+    if len(dataset) < context + 1:
+        raise UserError(
+            f"{dataset.path}: {len(dataset)} tokens, expected at least model.context + 1 = {context + 1}; "
+            "use more text or a shorter model.context"
+        )
+    return (len(dataset) - 1) // context
+
+
+def _fill(rows: "_Rows", row: int, number: int, dataset: TokenDataset, start: int) -> int:
+    """Read the window at token `start` into a row; return its hash."""
+    context = rows.tokens.shape[1]
+    window = dataset.window(start, context + 1)  # (T + 1,)
+    rows.tokens[row] = window[:-1]
+    rows.targets[row] = window[1:]
+    rows.sample_ids[row] = number
+    if dataset.has_stream("loss_mask"):
+        mask = dataset.window(start + 1, context, "loss_mask")
+        rows.targets[row][mask == 0] = IGNORED
+    return zlib.crc32(window, zlib.crc32(number.to_bytes(8, "little")))
 
 
 class _Rows:
@@ -153,10 +180,15 @@ class _Rows:
         self.targets = np.full((n_rows, context), IGNORED, np.int64)
         self.sample_ids = np.full(n_rows, -1, np.int64)
 
-    def check_ids(self, dataset: TokenDataset) -> None:
-        """Raise UserError for a token id beyond the dataset's vocabulary, before it reaches an embedding."""
+    def check_ids(self, datasets: Sequence[TokenDataset]) -> None:
+        """Raise UserError for a token id beyond the vocabulary, before it is looked up. datasets: each row's."""
         largest = max(int(self.tokens.max(initial=0)), int(self.targets[:, -1:].max(initial=0)))
-        if dataset.meta.vocab_size is not None and largest >= dataset.meta.vocab_size:
+        if all(one.meta.vocab_size is None or largest < one.meta.vocab_size for one in set(datasets)):
+            return
+        for row, dataset in enumerate(datasets):
+            largest = int(max(self.tokens[row].max(), self.targets[row].max()))
+            if dataset.meta.vocab_size is None or largest < dataset.meta.vocab_size:
+                continue
             raise UserError(
                 f"{dataset.path}: token id {largest} is beyond the vocabulary of {dataset.meta.vocab_size}: a shard "
                 f"was altered; check it with `gptdist verify {dataset.path}`, or prepare the dataset again"
@@ -220,7 +252,7 @@ def eval_batches(
             rows.sample_ids[row] = number
             if dataset.has_stream("loss_mask"):
                 rows.targets[row, :n][dataset.window(start + 1, n, "loss_mask") == 0] = IGNORED
-        rows.check_ids(dataset)
+        rows.check_ids([dataset] * len(numbers))
         yield from rows.batches(micro_batch, eot)
 
 

@@ -33,7 +33,7 @@ class SampleOrder:
         epoch, position = np.divmod(sample.ravel(), self.n)
         if not self._shuffle or self.n == 1:
             return position.reshape(sample.shape)
-        key = _mix(_mix(epoch.astype(np.uint64) + self._seed) ^ self._seed)
+        key = mix64(mix64(epoch.astype(np.uint64) + self._seed) ^ self._seed)
         value = self._permute(position.astype(np.uint64), key)
         outside = np.flatnonzero(value >= self.n)
         while outside.size:
@@ -47,8 +47,8 @@ class SampleOrder:
         right_mask = (np.uint64(1) << self._right_bits) - np.uint64(1)
         left, right = value >> self._right_bits, value & right_mask
         for round_number in range(0, _ROUNDS, 2):
-            left = left ^ (_mix(right + key + _round_constant(round_number)) & left_mask)
-            right = right ^ (_mix(left + key + _round_constant(round_number + 1)) & right_mask)
+            left = left ^ (mix64(right + key + _round_constant(round_number)) & left_mask)
+            right = right ^ (mix64(left + key + _round_constant(round_number + 1)) & right_mask)
         return (left << self._right_bits) | right
 
 
@@ -57,7 +57,7 @@ def _round_constant(round_number: int) -> np.uint64:
     return np.uint64(round_number << 56)
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def mix64(value: np.ndarray) -> np.ndarray:
     """Hash uint64 to uint64: the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

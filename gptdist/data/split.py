@@ -46,6 +46,15 @@ class Splitter:
             for document in held:
                 self.add(*document)
 
+    @property
+    def has_decided(self) -> bool:
+        """Whether all that was added has gone to a writer; from then on this holds nothing."""
+        return self._held is None
+
+    def restore(self) -> None:
+        """Go on where another one had decided."""
+        self._held = None
+
     def finish(self) -> None:
         """Write what is still held, when the input had few documents."""
         held, self._held = self._held, None

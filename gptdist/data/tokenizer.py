@@ -10,7 +10,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -32,12 +32,17 @@ _LONG_WHITESPACE = 65_536
 class Tokenizer:
     """Byte-level BPE with special tokens; any text encodes and decodes without loss (valid UTF-8).
 
-    Ids are `ranks` (a rank is an id) and `specials`; `vocab_size` is the largest id + 1.
+    Ids are `ranks` (a rank is an id) and `specials`; `vocab_size` is the largest id + 1. The specials in `added` are
+    words of the text: wherever one is written, it is that token.
     """
 
-    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = GPT2_PATTERN):
+    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = GPT2_PATTERN,
+                 added: Iterable[str] = ()):
         """Raises ValueError for tokens, ids or a pattern that make no tokenizer."""
         _check_parts(name, ranks, specials, pattern)
+        self.added = frozenset(added)
+        if unknown := self.added - set(specials) | self.added & {EOT}:
+            raise ValueError(f"tokenizer {name}: added tokens {sorted(unknown)} are not specials, or are {EOT}")
         self.name = name
         self.pattern = pattern
         self.ranks = ranks
@@ -60,9 +65,10 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over pattern, ranks and specials; the name does not count."""
+        """sha256 (hex) over pattern, ranks, specials and added tokens; the name does not count."""
         digest = hashlib.sha256()
-        digest.update(json.dumps([self.pattern, sorted(self.specials.items())]).encode())
+        added = [sorted(self.added)] if self.added else []
+        digest.update(json.dumps([self.pattern, sorted(self.specials.items()), *added]).encode())
         digest.update(_ranks_to_lines(self.ranks))
         return digest.hexdigest()
 
@@ -77,12 +83,14 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as uint32 (n_tokens,), special tokens as plain text. Releases the GIL.
+        """Return the ids of `text` as uint32 (n_tokens,), special tokens but the added ones as plain text. Releases the
+        GIL.
 
         Raises UserError for text that has no UTF-8 form.
         """
         _check_utf8(text)
-        arrays = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _safe_parts(text)]
+        arrays = [self._encoding.encode_to_numpy(part, allowed_special=self.added, disallowed_special=())
+                  for part in _safe_parts(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -118,6 +126,7 @@ class Tokenizer:
             "specials": self.specials,
             "vocab_size": self.vocab_size,
             "hash": self.hash,
+            **({"added": sorted(self.added)} if self.added else {}),
         }
         return {"tokenizer.tiktoken": _ranks_to_lines(self.ranks),
                 "tokenizer.json": (json.dumps(header, indent=2) + "\n").encode()}
@@ -129,7 +138,7 @@ class Tokenizer:
         header = _read_header(header_path)
         ranks = read_ranks(Path(directory) / "tokenizer.tiktoken", all_bytes=header["pattern"] != CHAR_PATTERN)
         tokenizer = tokenizer_from(header_path, name=header["name"], ranks=ranks, specials=header["specials"],
-                                   pattern=header["pattern"])
+                                   pattern=header["pattern"], added=header.get("added", []))
         if tokenizer.hash != header["hash"]:
             raise UserError(
                 f"{header_path}: the tokenizer files were altered (hash {tokenizer.hash[:12]}, "
@@ -141,8 +150,9 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     """A token for each character of a vocabulary. A text with another character cannot be encoded."""
 
-    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = CHAR_PATTERN):
-        super().__init__(name=name, ranks=ranks, specials=specials, pattern=pattern)
+    def __init__(self, *, name: str, ranks: dict[bytes, int], specials: dict[str, int], pattern: str = CHAR_PATTERN,
+                 added: Iterable[str] = ()):
+        super().__init__(name=name, ranks=ranks, specials=specials, pattern=pattern, added=added)
         try:
             points = {ord(token.decode()): i for token, i in ranks.items()}
         except (UnicodeDecodeError, TypeError) as error:
@@ -151,22 +161,28 @@ class CharTokenizer(Tokenizer):
         self._ids[list(points)] = list(points.values())
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        if not allow_special:
-            return super().encode(text)
-        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text)  # every second is a special token
-        return [i for number, part in enumerate(parts)
-                for i in ([self.specials[part]] if number % 2 else super(CharTokenizer, self).encode(part))]
+        return self._encode(text, self.specials if allow_special else self.added).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
+        return self._encode(text, self.added)
+
+    def _encode(self, text: str, words: Collection[str]) -> np.ndarray:
+        """The ids of `text`; each of `words`, specials all of them, is one token wherever it is written."""
         _check_utf8(text)
-        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        ids = self._ids[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(self._ids) - 1)]
+        if words:
+            longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+            kept = np.ones(len(ids), bool)
+            for found in re.finditer(longest_first, text):
+                ids[found.start()] = self.specials[found.group()]
+                kept[found.start() + 1 : found.end()] = False
+            ids[~kept] = 0  # not looked at below
         if (unknown := ids < 0).any():
             at = int(unknown.argmax())
             raise UserError(f"character {text[at]!r} (U+{ord(text[at]):04X}), at {at} of the text, is none of the "
                             f"{len(self.ranks)} of tokenizer {self.name}: leave it out, or use a tokenizer such as "
                             f"bytes or bpe:VOCAB, which have all")
-        return ids.astype(np.uint32)
+        return (ids[kept] if words else ids).astype(np.uint32)
 
 
 def class_of(pattern: str) -> type[Tokenizer]:
@@ -205,7 +221,37 @@ def extend(tokenizer: Tokenizer, specials: Iterable[str]) -> Tokenizer:
         if name not in merged:
             merged[name] = next_id
             next_id += 1
-    return type(tokenizer)(name=tokenizer.name, ranks=tokenizer.ranks, specials=merged, pattern=tokenizer.pattern)
+    return type(tokenizer)(name=tokenizer.name, ranks=tokenizer.ranks, specials=merged, pattern=tokenizer.pattern,
+                           added=tokenizer.added)
+
+
+def add_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer that has each of `words` as one token, with ids after the last one.
+
+    Raises UserError for a word that is empty, given twice, or a token already.
+    """
+    words = list(words)
+    for i, word in enumerate(words):
+        if not word or word in words[:i] or word in tokenizer.specials or word.encode() in tokenizer.ranks:
+            raise UserError(f"new token {word!r} is empty, given twice, or a token of {tokenizer.name} already: leave "
+                            f"it out")
+    grown = extend(tokenizer, words)
+    return type(tokenizer)(name=grown.name, ranks=grown.ranks, specials=grown.specials, pattern=grown.pattern,
+                           added=tokenizer.added | set(words))
+
+
+def parts_of_new(old: Tokenizer, new: Tokenizer) -> list[list[int]] | None:
+    """For each id that `new` has after those of `old`, in order: the ids that its text has in `old`.
+
+    None where `new` is not `old` with further specials after it.
+    """
+    known = {name: i for name, i in new.specials.items() if i < old.vocab_size}
+    further = sorted((i, name) for name, i in new.specials.items() if i >= old.vocab_size)
+    if (new.pattern, new.ranks, known) != (old.pattern, old.ranks, old.specials) or not old.added <= new.added:
+        return None
+    if [i for i, _ in further] != list(range(old.vocab_size, new.vocab_size)):
+        return None
+    return [old.encode(name) for _, name in further]
 
 
 def read_ranks(path: Path, *, all_bytes: bool = True) -> dict[bytes, int]:

@@ -1,6 +1,7 @@
 """Writes dataset directories: streamed, hashed on the way, complete or not there at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,20 +51,72 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         raise
 
 
+@contextmanager
+def resumable_directory(path: str | Path, overwrite: bool, state_name: str, check: Callable[[Path], None]
+                        ) -> Iterator[Path]:
+    """As `atomic_directory`, for long work that saves its state: the directory is `path` with `.partial` added.
+
+    What a killed process left there is given again if it has the file `state_name`, and `check` raises nothing; it is
+    also kept when this process is interrupted. An error removes it. A lock keeps two processes out of one directory.
+    """
+    path = Path(os.path.abspath(path))
+    _check_output(path, overwrite)
+    _remove_leftovers(path)
+    working = path.with_name(path.name + ".partial")
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        lock = os.open(working, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{working}: another process is preparing {path}; wait for it, or choose another "
+                            f"output") from None
+        if (working / state_name).exists():
+            check(working)
+        if not (working / state_name).exists():
+            _clear(working)
+        try:
+            yield working
+            _sync_tree(working)
+            _move_into_place(working, path)
+        except BaseException as error:
+            if isinstance(error, Exception) or not (working / state_name).exists():
+                shutil.rmtree(working, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
+                raise UserError(f"{path}: writing failed ({error}); nothing was left behind") from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def _clear(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 class ShardWriter:
     """Writes the streams and the document index of one shard, hashing as it goes."""
 
-    def __init__(self, directory: Path, name: str, streams: dict[str, str]):
-        """streams: stream name -> dtype name, as in meta.json."""
-        self.n_tokens = 0
+    def __init__(self, directory: Path, name: str, streams: dict[str, str], n_tokens: int = 0, n_documents: int = 0):
+        """streams: stream name -> dtype name, as in meta.json. n_tokens, n_documents: what its files have to keep."""
+        self.n_tokens = n_tokens
         self._directory = directory
         self._name = name
         self._files = {
-            stream: HashingFile(directory / stream_file(name, stream), STREAM_DTYPES[dtype])
+            stream: HashingFile(directory / stream_file(name, stream), STREAM_DTYPES[dtype], n_tokens)
             for stream, dtype in streams.items()
         }
-        self._index = HashingFile(directory / f"{name}.idx", INDEX_DTYPE)
-        self._n_documents = 0
+        self._index = HashingFile(directory / f"{name}.idx", INDEX_DTYPE, n_documents)
+        self._n_documents = n_documents
+
+    def sync(self) -> dict[str, int]:
+        """Flush to disk; return what the constructor goes on from."""
+        for file in [*self._files.values(), self._index]:
+            file.sync()
+        return {"n_tokens": self.n_tokens, "n_documents": self._n_documents}
 
     def add(self, document: dict[str, np.ndarray]) -> None:
         """Append one document: stream name -> (n_tokens,)."""
@@ -91,14 +144,16 @@ class ShardWriter:
 class HashingFile:
     """A file of one dtype that collects small arrays, and hashes what it writes."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype, keep: int = 0):
+        """keep: elements that the file already has; what is beyond them is cut off."""
         self.path = path
         self._dtype = dtype
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close or abort)
-        self._digest = hashlib.sha256()
+        self._size = keep * dtype.itemsize
+        self._file = open(path, "r+b" if keep else "wb", buffering=0)  # noqa: SIM115 (closed by close or abort)
+        self._file.truncate(self._size)
+        self._digest = hashlib.file_digest(self._file, "sha256") if keep else hashlib.sha256()
         self._pending: list[np.ndarray] = []
         self._n_pending = 0
-        self._size = 0
 
     def write(self, values: np.ndarray) -> None:
         self._pending.append(values)
@@ -106,10 +161,13 @@ class HashingFile:
         if self._n_pending >= _BUFFER_TOKENS:
             self._flush()
 
-    def close(self) -> dict:
-        """Flush to disk; return {size in bytes, sha256}."""
+    def sync(self) -> None:
         self._flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> dict:
+        """Flush to disk; return {size in bytes, sha256}."""
+        self.sync()
         self._file.close()
         return {"size": self._size, "sha256": self._digest.hexdigest()}
 
@@ -172,6 +230,21 @@ class DatasetWriter:
         self._shard.add(document)
         self.n_tokens += len(tokens)
         self.n_documents += 1
+
+    def state(self) -> dict:
+        """What `restore` goes on from; all of it is on disk."""
+        return {"shards": self._shards, "open": self._shard.sync() if self._shard is not None else None,
+                "n_tokens": self.n_tokens, "n_documents": self.n_documents}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a state of a writer of this directory; later shards and the rest of the open one are dropped."""
+        self.n_tokens, self.n_documents, self._shards = state["n_tokens"], state["n_documents"], state["shards"]
+        known = {f"shard-{number:05d}" for number in range(len(self._shards) + (state["open"] is not None))}
+        for path in self._directory.glob("shard-*"):
+            if path.name.partition(".")[0] not in known:
+                path.unlink()
+        if state["open"] is not None:
+            self._shard = ShardWriter(self._directory, f"shard-{len(self._shards):05d}", self._streams, **state["open"])
 
     def close(self) -> dict:
         """Finish the last shard, write meta.json and return what it says."""

@@ -28,6 +28,8 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, strategy: str = "
     spread, tokenizer = open_strategy(checkpoint, strategy=strategy, device=device, precision=precision, verify=verify)
     world, config = spread.world, spread.config
     path = data or config.data.path
+    if not path and config.data.mixture:
+        raise UserError(f"{checkpoint} was trained on a mixture: name the dataset to evaluate on with --data")
     train, val = Ranks(None).on_all(lambda: _open(path, checkpoint, tokenizer))
 
     def batches(**share):

@@ -89,7 +89,8 @@ def _resolved(config: Config, device: Device) -> Config:
     # The devices of the table multiply bf16; of a CPU that is not known here.
     train, model = config.train.resolved(device.kind == "cuda"), config.model
     if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=_vocabulary(config.data.path))
+        paths = [config.data.path, *(entry["path"] for entry in config.data.mixture)]
+        model = dataclasses.replace(model, vocab_size=_vocabulary(next(filter(None, paths), "")))
     return dataclasses.replace(config, train=train, model=model)
 
 

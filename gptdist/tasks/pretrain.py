@@ -3,17 +3,20 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gptdist.checkpoint.grow import load_grown
 from gptdist.checkpoint.restore import read_config
 from gptdist.config import Config
 from gptdist.data.format import TokenDataset
-from gptdist.data.loader import Batch, PretrainSource, eval_batches
-from gptdist.data.tokenizer import Tokenizer
+from gptdist.data.loader import Batch, PretrainSource, eval_batches, windows_of
+from gptdist.data.mixture import MixtureSource, Phase, counts_by_epochs, counts_by_weight, phases_identity
+from gptdist.data.tokenizer import Tokenizer, parts_of_new
 from gptdist.errors import UserError
 from gptdist.model import Dropout
 from gptdist.parallel.strategies import Strategy
@@ -28,45 +31,132 @@ class Pretrain(Task):
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
-        train, val, self.tokenizer = open_data(config.data.path)
-        self.config = resolve_vocab(config, self.tokenizer, train)
-        if val is not None and len(val) < 2:
-            raise UserError(f"{config.data.path}/val has {len(val)} tokens, expected at least 2 to evaluate on: "
-                            f"prepare the data with a larger --val-fraction, or with 0 for none")
-        self.val = val
-        self.dataset_id = hashlib.sha256((Path(config.data.path) / "train" / "meta.json").read_bytes()).hexdigest()
-        self.source = PretrainSource(
-            train, context=config.model.context, sequences_per_step=config.sequences_per_step,
+        data = config.data
+        self._paths = list(dict.fromkeys(entry["path"] for entry in data.mixture)) or [data.path]
+        opened = {path: open_data(path) for path in self._paths}
+        trains = [opened[path][0] for path in self._paths]
+        self.tokenizer = opened[self._paths[0]][2]
+        self._check_tokenizers({path: tokenizer for path, (_, _, tokenizer) in opened.items()})
+        self.config = resolve_vocab(config, self.tokenizer, trains)
+        self.vals = self._open_validation({path: val for path, (_, val, _) in opened.items()})
+        self._hashes = [_meta_hash(path) for path in self._paths]
+        options = dict(
+            context=config.model.context, sequences_per_step=config.sequences_per_step,
             micro_batch=config.train.micro_batch, rank=world.dp_rank, world=world.dp_size, seed=config.run.seed,
-            shuffle=config.data.shuffle, document_mask=config.data.document_mask, eot=self.tokenizer.eot,
-            skipped=config.data.skip)
+            shuffle=data.shuffle, document_mask=data.document_mask, eot=self.tokenizer.eot, skipped=data.skip)
+        if data.mixture:
+            self._phases = self._resolve_phases(trains)
+            self.source = MixtureSource(trains, self._phases, **options)
+        else:
+            self._phases = [Phase(0, (1,))]
+            self.source = PretrainSource(trains[0], **options)
         self.config = resolve_steps(self.config, self.source.n_samples)
+        self.dataset_id = self.dataset_at(self._phases[-1].start + 1)
 
     @property
     def data_name(self) -> str:
-        return f"{self.config.data.path}/train"
+        return ", ".join(f"{path}/train" for path in self._paths)
+
+    def dataset_at(self, next_sample: int) -> str:
+        return phases_identity(self._phases, self._hashes, next_sample)
+
+    def _resolve_phases(self, trains: list[TokenDataset]) -> list[Phase]:
+        """The mixtures in samples; train.steps is set where epochs are given."""
+        config, phases = self.config, []
+        for step, entries in config.data.phases():
+            by_path = {entry["path"]: entry for entry in entries}
+            if "epochs" in entries[0]:
+                sizes = [windows_of(train, config.model.context) for train in trains]
+                epochs = [by_path[path]["epochs"] for path in self._paths]
+                total = sum(n * size for n, size in zip(epochs, sizes, strict=True))
+                train = dataclasses.replace(config.train, epochs=0.0,
+                                            steps=math.ceil(total / config.sequences_per_step))
+                self.config = dataclasses.replace(config, train=train)
+                counts = counts_by_epochs(epochs, sizes)
+            else:
+                counts = counts_by_weight([by_path.get(path, {"weight": 0})["weight"] for path in self._paths])
+            phases.append(Phase(step * config.sequences_per_step, counts))
+        return phases
+
+    def _open_validation(self, own: dict[str, TokenDataset | None]) -> dict[str, TokenDataset]:
+        """The validation sets by name; "" is that of a single dataset."""
+        if self.config.data.validation:
+            sets, tokenizers = {}, {}
+            for entry in self.config.data.validation:
+                _, sets[entry["name"]], tokenizers[entry["path"]] = open_data(entry["path"])
+                if sets[entry["name"]] is None:
+                    raise UserError(f"data.validation: {entry['path']} has no val/: prepare it with --val-fraction")
+            self._check_tokenizers({self._paths[0]: self.tokenizer} | tokenizers)
+        elif len(own) == 1:
+            [val] = own.values()
+            sets = {"": val} if val is not None else {}
+        else:
+            names = [re.sub(r"[^\w.-]", "_", Path(path).name) for path in own]
+            if len(set(names)) < len(names):
+                names = [re.sub(r"[^\w.-]", "_", path) for path in own]
+            sets = {name: val for name, val in zip(names, own.values(), strict=True) if val is not None}
+        for val in sets.values():
+            if len(val) < 2:
+                raise UserError(f"{val.path} has {len(val)} tokens, expected at least 2 to evaluate on: prepare the "
+                                f"data with a larger --val-fraction, or with 0 for none")
+        return sets
+
+    def _check_tokenizers(self, tokenizers: dict[str, Tokenizer]) -> None:
+        (first, wanted), *others = tokenizers.items()
+        for path, tokenizer in others:
+            if tokenizer.hash != wanted.hash:
+                raise UserError(f"{path} was prepared with tokenizer {tokenizer.hash[:12]}, {first} with "
+                                f"{wanted.hash[:12]}: prepare one again with --tokenizer {first}")
 
     def check_base(self, checkpoint: Path) -> None:
-        check_tokenizer(checkpoint, self.tokenizer, self.data_name)
+        grown = bool(self._parts(checkpoint))
+        if not grown:
+            check_tokenizer(checkpoint, self.tokenizer, self.data_name)
         saved = read_config(checkpoint)
         for field in dataclasses.fields(saved.model):
             # Another rotary context is a new run's choice; a learned position table has its own shape check.
-            if field.name not in ("dropout", "context"):
+            if field.name not in ("dropout", "context", *(["vocab_size"] if grown else [])):
                 check_equal(checkpoint, saved, self.config, f"model.{field.name}", SAME_MODEL)
+
+    def load_base(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Words that `prepare --add-tokens` gave the vocabulary get rows of their own."""
+        if parts := self._parts(checkpoint):
+            trained = Tokenizer.load(checkpoint / "tokenizer").vocab_size
+            load_grown(checkpoint, tensors, trained=trained, seed=self.config.run.seed, parts=parts)
+        else:
+            super().load_base(checkpoint, tensors)
+
+    def _parts(self, checkpoint: Path) -> list[list[int]] | None:
+        return parts_of_new(Tokenizer.load(checkpoint / "tokenizer"), self.tokenizer)
 
     def loss(self, strategy: Strategy, batch: Batch, key: Tensor | None) -> Tensor:
         return loss_sum(strategy, batch, self.world.device, self.dropout(batch, key))
 
     def evaluate(self, strategy: Strategy) -> dict[str, float] | None:
-        """Mean validation loss in nats per token over all ranks; None without held-out data."""
-        if self.val is None:
+        """Mean validation loss in nats per token over all ranks, of each set and, as val_loss, the sets' mean; None
+        without held-out data."""
+        if not self.vals:
             return None
-        batches = validation_batches(self.val, self.config, self.tokenizer, rank=self.world.dp_rank,
-                                     world=self.world.dp_size, max_tokens=self.config.eval.tokens or None)
-        with strategy.evaluating():
-            sums = held_out_sums(strategy, batches, self.world.device)
-        losses, count = self.world.sum(sums).tolist()
-        return {"val_loss": losses / count if count else math.nan}
+        results = {}
+        for name, val in self.vals.items():
+            batches = validation_batches(val, self.config, self.tokenizer, rank=self.world.dp_rank,
+                                         world=self.world.dp_size, max_tokens=self.config.eval.tokens or None)
+            with strategy.evaluating():
+                sums = held_out_sums(strategy, batches, self.world.device)
+            losses, count = self.world.sum(sums).tolist()
+            results[name] = losses / count if count else math.nan
+        mean = sum(results.values()) / len(results)
+        return {"val_loss": mean} | {f"val_loss_{name}": loss for name, loss in results.items() if name}
+
+    def started(self, strategy: Strategy) -> None:
+        """Say how much of each source of a mixture the run will see."""
+        if not isinstance(self.source, MixtureSource) or not self.world.is_main:
+            return
+        total = self.config.train.steps * self.config.sequences_per_step
+        counts = self.source.order.counts(total).tolist()
+        for path, count, size in zip(self._paths, counts, self.source.sizes, strict=True):
+            print(f"{path}: {count:,} of {total:,} windows ({count / total:.1%}), {count / size:.2f} epochs",
+                  flush=True)
 
 
 def loss_sum(model: Callable[..., Tensor], batch: Batch, device: torch.device,
@@ -104,11 +194,17 @@ def open_data(path: str) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
     return TokenDataset.open(root / "train"), val, Tokenizer.load(root / "tokenizer")
 
 
-def resolve_vocab(config: Config, tokenizer: Tokenizer, dataset: TokenDataset) -> Config:
+def _meta_hash(path: str) -> str:
+    """What identifies a dataset's training split."""
+    return hashlib.sha256((Path(path) / "train" / "meta.json").read_bytes()).hexdigest()
+
+
+def resolve_vocab(config: Config, tokenizer: Tokenizer, datasets: list[TokenDataset]) -> Config:
     """The configuration with model.vocab_size known; refuses data that another tokenizer made."""
-    if dataset.meta.tokenizer_hash != tokenizer.hash:
-        raise UserError(f"{config.data.path}: train/ was made with tokenizer {dataset.meta.tokenizer_hash[:12]}, "
-                        f"tokenizer/ is {tokenizer.hash[:12]}: prepare the dataset again")
+    for dataset in datasets:
+        if dataset.meta.tokenizer_hash != tokenizer.hash:
+            raise UserError(f"{dataset.path.parent}: train/ is of tokenizer {dataset.meta.tokenizer_hash[:12]}, "
+                            f"tokenizer/ is {tokenizer.hash[:12]}: prepare the dataset again")
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={wanted} is below the tokenizer's {tokenizer.vocab_size} ids: "

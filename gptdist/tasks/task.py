@@ -62,6 +62,10 @@ class Task:
         """The training data, for messages."""
         return self.config.task.train_data or "the embedded examples"
 
+    def dataset_at(self, next_sample: int) -> str:
+        """`dataset_id` of the samples before this number, for data that may change from some step on."""
+        return self.dataset_id
+
     # Model
 
     def build(self) -> GPT:
@@ -127,8 +131,8 @@ def resolve_steps(config: Config, n_samples: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
-def check_resumed(task: Task, checkpoint: Path, dataset: str | None) -> None:
-    """Raise UserError where a run cannot go on from this checkpoint. dataset: that of its train_state.json."""
+def check_resumed(task: Task, checkpoint: Path, dataset: str | None, next_sample: int) -> None:
+    """Raise UserError where a run cannot go on from this checkpoint, whose train_state.json has the last two."""
     saved, config = read_config(checkpoint), task.config
     advice = "a run keeps its data and task; for another one start anew from these weights with checkpoint.init_from"
     for name in task.fixed[:1]:  # another task first: the rest follows from it
@@ -139,7 +143,7 @@ def check_resumed(task: Task, checkpoint: Path, dataset: str | None) -> None:
             check_equal(checkpoint, saved, config, f"model.{field.name}", SAME_MODEL)
     for name in task.fixed[1:]:
         check_equal(checkpoint, saved, config, name, advice)
-    if dataset != task.dataset_id:
+    if dataset != task.dataset_at(next_sample):
         raise UserError(f"{checkpoint} was trained on other data than {task.data_name}: {advice}"
                         if dataset else f"{checkpoint} was imported, not trained here: use checkpoint.init_from")
 
