@@ -63,6 +63,7 @@ EXTRAS = {
         "transformers>=4.45",
         "peft>=0.13",
         "gguf>=0.17",
+        "sacrebleu",
         *DATA,
         "ruff",
         "nvidia-cuda-cuobjdump; sys_platform == 'linux'",

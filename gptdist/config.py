@@ -101,7 +101,7 @@ class DataConfig:
 
     path: str = _option("", "dataset directory written by `gptdist prepare` (holds train/, val/ and tokenizer/)")
     input: str = _option("", "text file that data.path is made of, where that is not there yet: as `gptdist prepare "
-                             "--split tail` does it")
+                             "--split tail` does it; may name variables of the environment")
     tokenizer: str = _option("char", "of data.input: char, bytes, gpt2, bpe:VOCAB or a path")
     val_fraction: float = _option(0.1, "share of data.input's characters, its last ones, that are for validation")
     mixture: list[dict[str, Any]] = _option(

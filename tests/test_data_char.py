@@ -210,3 +210,13 @@ def test_another_dataset_in_the_way_is_named(text, dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no dataset of `gptdist prepare`"):
         prepare_input(DataConfig(input=str(text), path=str(tmp_path / "empty")))
+
+
+def test_the_text_may_be_named_by_the_environment(text, tmp_path, monkeypatch):
+    config = DataConfig(input="$GPTDIST_DATA/text.txt", path=str(tmp_path / "data"))
+    monkeypatch.delenv("GPTDIST_DATA", raising=False)
+    with pytest.raises(UserError, match=r"data\.input=\$GPTDIST_DATA/text\.txt: the environment lacks"):
+        prepare_input(config)
+    monkeypatch.setenv("GPTDIST_DATA", str(text.parent))
+    prepare_input(config)
+    assert json.loads((tmp_path / "data" / "report.json").read_text())["settings"]["inputs"] == [str(text)]

@@ -119,8 +119,11 @@ def _check_unfinished(directory: Path, identity: dict[str, Any], overwrite: bool
 
 def prepare_input(config: DataConfig) -> None:
     """Make data.path of the text data.input, where it is not there. Raises UserError where it is, of something else."""
-    path = Path(config.path)
-    wanted = PrepareConfig(inputs=[config.input], output=config.path, tokenizer=config.tokenizer, split="tail",
+    path, text = Path(config.path), os.path.expandvars(config.input)
+    if "$" in text and not Path(text).exists():
+        raise UserError(f"data.input={config.input}: the environment lacks that variable; set it, or give "
+                        f"--data.input=FILE")
+    wanted = PrepareConfig(inputs=[text], output=config.path, tokenizer=config.tokenizer, split="tail",
                            val_fraction=config.val_fraction)
     if not path.exists():
         prepare(wanted)
@@ -129,7 +132,7 @@ def prepare_input(config: DataConfig) -> None:
         settings = json.loads((path / "report.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data.path={path} is there, but no dataset of `gptdist prepare` ({error}): choose another "
-                        f"path for what data.input={config.input} becomes") from error
+                        f"path for what data.input={text} becomes") from error
     for name in ("inputs", "tokenizer", "split", "val_fraction"):
         if settings.get(name) != getattr(wanted, name):
             raise UserError(f"data.path={path} was prepared with {name}={settings.get(name)}, data.input asks for "
@@ -200,7 +203,7 @@ class _Run:
         config = self._config
         filters = _stateless_filters(config)
         self._scrub = next((one for one in filters if isinstance(one, Scrub)), None)
-        self._duplicates = self._digests = self._near = None
+        self._duplicates = self._digests = self._near = self._near_report = None
         if config.dedup and config.split != "tail":
             seen = SeenDigests(self._directory)
             stack.callback(seen.close)
