@@ -55,6 +55,7 @@ EXTRAS = {
     "convert": ["gguf>=0.17"],
     "test": [
         *SERVE,
+        "httpx>=0.27",
         "openai>=1.40",
         "playwright>=1.40",
         "schemathesis>=4",
