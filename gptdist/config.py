@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import os
 import re
 import typing
 from collections.abc import Collection
@@ -371,7 +372,8 @@ class TaskConfig:
     name: Literal["pretrain", "classify", "instruct", "dpo"] = _option(
         "pretrain", "pretrain: next words of data.path; classify: labels of texts; instruct: answers to instructions; "
                     "dpo: preferred answers")
-    train_data: str = _option("", "fine-tuning: file of training examples; empty: examples that come with Python")
+    train_data: str = _option("", "fine-tuning: file of training examples; empty: examples that come with Python. This "
+                                  "and the next two may name variables of the environment, as $GPTDIST_DATA/FILE")
     val_data: str = _option("", "file of validation examples; empty: a part of train_data")
     test_data: str = _option("", "file of test examples, used once at the end; empty: as the task says")
     val_fraction: float = _option(0.1, "instruct, dpo: share of train_data held out where val_data is empty")
@@ -383,6 +385,8 @@ class TaskConfig:
                               "need little padding; 0: off")
 
     def __post_init__(self) -> None:
+        for name in ("train_data", "val_data", "test_data"):
+            object.__setattr__(self, name, os.path.expandvars(getattr(self, name)))
         _require(re.fullmatch(r"none|head|last:[1-9][0-9]*", self.freeze) is not None,
                  f"task.freeze is {self.freeze!r}, expected none, head, or last:N such as last:1")
         _require(0 <= self.val_fraction < 1, f"task.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
