@@ -596,7 +596,8 @@ def ch06_small(book: Book, folder: Path) -> Iterator[Row]:
     yield Row(f"test accuracy, median of {len(got)} seeds", "at least 93%", f"{median:.2%} ({_percents(got)})",
               OK if median >= 0.93 else OUTSIDE)
     padding = [result["padding_share"] for result in results]
-    yield Row("padding of the training tokens", "at most 10%", _percents(padding), OK if max(padding) <= 0.1 else OUTSIDE)
+    yield Row("padding of the training tokens", "at most 10%", _percents(padding),
+              OK if max(padding) <= 0.1 else OUTSIDE)
 
 
 # Over configs/classify-spam.yaml: chapter 6's settings.

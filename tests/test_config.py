@@ -110,3 +110,12 @@ def test_any_values_give_a_config_or_a_user_error(values):
     with contextlib.suppress(UserError):
         config = config_module.from_dict(nested, "test")
         assert config_module.from_dict(config_module.to_dict(config), "again") == config
+
+
+def test_files_of_examples_may_name_variables(monkeypatch):
+    options = ["--task.name=classify", "--task.train_data=$EXAMPLES/sms", "--task.test_data=plain"]
+    monkeypatch.setenv("EXAMPLES", "/examples")
+    task = config_module.load(None, options).task
+    assert (task.train_data, task.val_data, task.test_data) == ("/examples/sms", "", "plain")
+    monkeypatch.delenv("EXAMPLES")
+    assert config_module.load(None, options).task.train_data == "$EXAMPLES/sms"  # which then is not found
