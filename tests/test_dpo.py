@@ -124,6 +124,19 @@ def test_answers_beyond_the_context_are_left_out(tmp_path):
         encode_preferences(pairs[1:], TEMPLATE, tokenizer, context=16, where="here")
 
 
+def test_cut_answers_are_counted():
+    """A pair counts once, however many of its answers are cut."""
+    question = Conversation((Turn(USER, "Q"),))
+    pairs = [Preference(question, *answers) for answers in (("yes", "no"), ("a" * 40, "no"), ("a" * 40, "b" * 40))]
+    encoded = encode_preferences(pairs, TEMPLATE, build_tokenizer("bytes"), context=16, where="here")
+    assert (len(encoded), encoded.truncated) == (3, 2)
+    assert encoded.note() == "2 of 3 pairs have an answer cut to model.context=16 tokens, its end token kept"
+    both = [*pairs, Preference(Conversation((Turn(USER, "Q" * 40),)), "yes", "no")]
+    encoded = encode_preferences(both, TEMPLATE, build_tokenizer("bytes"), context=16, where="here")
+    assert encoded.note() == ("left out 1 of 4 pairs whose answers do not differ within model.context=16 tokens; "
+                              "2 of 4 pairs have an answer cut to model.context=16 tokens, its end token kept")
+
+
 def test_the_shorter_answer_as_a_preference():
     question = Conversation((Turn(USER, "Q"),))
     pairs = [Preference(question, *answers) for answers in (("a", "bcd"), ("bcd", "a"), ("b", "c"))]
