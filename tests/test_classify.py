@@ -172,6 +172,13 @@ def test_weights_make_labels_count_alike(tmp_path):
     torch.testing.assert_close(losses, plain * factors)
 
 
+def test_rows_of_several_lines_are_said_at_the_start(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text('ham\t"hi there\nspam\twin\nham\tsee you"\n' + "ham\thello\nspam\tprize\n" * 6)
+    run_classify(path, tmp_path / "run", "--train.steps=1", "--train.batch=2", "--classify.balance=undersample")
+    assert f"1 row spans several lines, the first at {path} line 1" in capsys.readouterr().out
+
+
 def test_epochs_make_the_steps(texts, tmp_path):
     run_classify(texts, tmp_path / "run", "--train.epochs=0.5")
     assert len(train_rows(tmp_path / "run")) == 3  # ceil(0.5 x 62 / 11)

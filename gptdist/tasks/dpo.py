@@ -82,12 +82,8 @@ class Dpo(FineTune):
 
     def _read_file(self, path: str) -> list[Preference]:
         found = read_preferences(path)
-        self._say(found.note())
+        self.note(found.note())
         return found.items
-
-    def _say(self, note: str) -> None:
-        if note and self.world.is_main:
-            print(note, flush=True)
 
     def _template(self) -> Template:
         """instruct.template if it was given, else what the starting model was fine-tuned with, else the default."""
@@ -102,7 +98,7 @@ class Dpo(FineTune):
     def _encode(self, pairs: list[Preference], where: str) -> EncodedPairs:
         encoded = encode_preferences(pairs, self.template, self.tokenizer, context=self.config.model.context,
                                      where=where)
-        self._say(encoded.note())
+        self.note(encoded.note())
         return encoded
 
     def _batching(self, pairs: EncodedPairs, micro_batch: int) -> dict[str, Any]:
@@ -126,10 +122,13 @@ class Dpo(FineTune):
         return self.config.lora.rank > 0
 
     def started(self, strategy: Strategy) -> None:
-        if self.val is not None:
+        super().started(strategy)
+        if self.val is None:
+            self.console.print("no validation pairs: nothing is evaluated")
+        else:
             measured = self._needed("val", 0, 0).tolist()
-            self._say(f"to clear on the {len(measured)} validation pairs: accuracy "
-                      f"{self.val.shorter_chosen(measured):.3f}, by preferring the shorter answer")
+            self.console.print(f"to clear on the {len(measured)} validation pairs: accuracy "
+                               f"{self.val.shorter_chosen(measured):.3f}, by preferring the shorter answer")
         if self._has_adapters or self._reference:
             return
         self._reference = {name: self._log_probs_of_all(strategy, pairs, self._needed(name, 0, 0))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from rich.console import Console
 from torch import Tensor
 
 from gptdist.checkpoint import layout
@@ -11,6 +12,7 @@ from gptdist.checkpoint.restore import load_weights, read_config
 from gptdist.config import Config, ModelConfig
 from gptdist.data.tokenizer import Tokenizer, build_tokenizer
 from gptdist.errors import DamagedError, UserError
+from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
 from gptdist.tasks.task import Task
 
@@ -24,6 +26,12 @@ class FineTune(Task):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self.origin = find_origin(config)
+        self._notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Have a line about data or model printed when the run starts; "" says nothing."""
+        if text:
+            self._notes.append(text)
 
     def start(self, texts: Callable[[], Iterable[str]]) -> None:
         """Settle the model's configuration and the tokenizer: those of the checkpoint that the run starts from.
@@ -44,6 +52,14 @@ class FineTune(Task):
 
     def load_base(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         load_weights(checkpoint, tensors, allow_missing=self.may_be_fresh)
+
+    def started(self, strategy: Strategy) -> None:
+        for text in self._notes:
+            self.console.print(text)
+
+    @property
+    def console(self) -> Console:
+        return Console(quiet=not self.world.is_main, highlight=False, soft_wrap=True)
 
 
 def find_origin(config: Config) -> Path | None:

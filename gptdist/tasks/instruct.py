@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from gptdist.checkpoint.grow import load_grown
@@ -46,7 +45,9 @@ class Instruct(FineTune):
         if config.task.test_data:
             raise UserError("task.test_data is not for task.name=instruct, which measures on task.val_data: use that")
         self.template = load_template(config.instruct.template)
-        train, val, self._notes = read_data(config)
+        train, val, notes = read_data(config)
+        for text in notes:
+            self.note(text)
         self.start(lambda: (turn.text for c in train for turn in c.turns))
         self._add_specials()
         encoded = self._encode(train, self.data_name)
@@ -78,9 +79,9 @@ class Instruct(FineTune):
         if added:
             size = max(model.vocab_size, self.tokenizer.vocab_size)
             self.config = dataclasses.replace(self.config, model=dataclasses.replace(model, vocab_size=size))
-            self._notes.append(f"{added} special tokens of the template {self.template.name} added to the vocabulary")
+            self.note(f"{added} special tokens of the template {self.template.name} added to the vocabulary")
             if self.config.lora.rank > 0 or self.config.task.freeze != "none":
-                self._notes.append(f"their embeddings are frozen with the others ({self._freezer()}) and learn "
+                self.note(f"their embeddings are frozen with the others ({self._freezer()}) and learn "
                                    f"nothing: instruct.template=alpaca needs none")
 
     def _freezer(self) -> str:
@@ -91,8 +92,8 @@ class Instruct(FineTune):
         encoded = encode_conversations(
             conversations, self.template, self.tokenizer, context=self.config.model.context,
             mask_prompt=self.config.instruct.mask_prompt, where=where)
-        if encoded.note():
-            self._notes.append(f"{where}: {encoded.note()}")
+        if text := encoded.note():
+            self.note(f"{where}: {text}")
         return encoded
 
     def _rows(self, encoded: Encoded) -> list[Example]:
@@ -102,7 +103,7 @@ class Instruct(FineTune):
         context = self.config.model.context
         rows = pack(encoded.items, context)
         share = sum(item.length for item in encoded.items) / (len(rows) * context)
-        self._notes.append(f"{len(encoded.items)} conversations packed in {len(rows)} rows of model.context={context}, "
+        self.note(f"{len(encoded.items)} conversations packed in {len(rows)} rows of model.context={context}, "
                            f"{1 - share:.1%} of which is padding")
         return [packed_row([encoded.items[i] for i in row]) for row in rows]
 
@@ -131,9 +132,8 @@ class Instruct(FineTune):
                         **packed).sum()
 
     def started(self, strategy: Strategy) -> None:
-        console = Console(quiet=not self.world.is_main, highlight=False, soft_wrap=True)
-        for note in self._notes:
-            console.print(note)
+        super().started(strategy)
+        console = self.console
         if self.world.is_main:
             drop_rows_after(self._samples_path, self.step)
         if not self.val:
