@@ -218,6 +218,27 @@ def test_a_classifier_goes_on_with_its_labels_only(references, texts, tmp_path):
         run_classify(other, tmp_path / "other", start)
 
 
+@pytest.mark.parametrize(("override", "message"), [
+    ("--classify.pool=mean", "has classify.pool=last, this run classify.pool=mean: its head is kept"),
+    ("--classify.end_token=false", "has classify.end_token=True, this run classify.end_token=False: its head is kept")])
+def test_a_kept_head_sees_what_it_was_trained_with(references, texts, tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        run_classify(texts, tmp_path / "run", f"--checkpoint.init_from={references / 'plain'}", override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["instruct", "dpo"])
+def test_a_classifier_is_no_start_for_text(references, texts, tmp_path, task):
+    path = tmp_path / "data.jsonl"
+    record = {"instruction": "Q", "output": "yes", "chosen": "yes", "rejected": "no"}
+    path.write_text("".join(json.dumps(record | {"instruction": f"Q{i}"}) + "\n" for i in range(20)))
+    with pytest.raises(UserError) as caught:
+        run_classify(path, tmp_path / "run", f"--checkpoint.init_from={references / 'plain'}", f"--task.name={task}",
+                     "--instruct.template={prompt}={answer}")
+    assert f"is a classifier, which writes no text: start task.name={task} from a model that does" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_labels_that_training_does_not_know(texts, tmp_path):
     other = tmp_path / "val.txt"
     other.write_text("mail\thello\nspam\twin\n")

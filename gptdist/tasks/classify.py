@@ -36,7 +36,7 @@ from gptdist.evaluate.classification import print_scores, scores
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
 from gptdist.tasks.finetune import FineTune
-from gptdist.tasks.task import resolve_steps
+from gptdist.tasks.task import check_equal, resolve_steps
 
 
 class Classify(FineTune):
@@ -96,6 +96,13 @@ class Classify(FineTune):
         return (counts.sum() / (len(labels) * counts)).to(self.world.device)
 
     # Model and steps
+
+    def check_base(self, checkpoint: Path) -> None:
+        """A classifier's head goes on with what it was trained to see."""
+        saved = read_config(checkpoint)
+        if saved.task.name == "classify":
+            for name in ("classify.pool", "classify.end_token"):
+                check_equal(checkpoint, saved, self.config, name, "its head is kept; give the same")
 
     def may_be_fresh(self, key: str) -> bool:
         return super().may_be_fresh(key) or (key.startswith("model.score.") and self._origin_labels() is None)

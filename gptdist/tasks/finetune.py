@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.restore import load_weights, read_config
+from gptdist.checkpoint.template import stored_template
 from gptdist.config import Config, ModelConfig
+from gptdist.data.templates import Template, load_template
 from gptdist.data.tokenizer import Tokenizer, build_tokenizer
 from gptdist.errors import DamagedError, UserError
 from gptdist.parallel.strategies import Strategy
@@ -45,6 +47,23 @@ class FineTune(Task):
             self.tokenizer = Tokenizer.load(self.origin / "tokenizer")
             model = model_of(self.config, self.origin)
         self.config = dataclasses.replace(self.config, model=model)
+
+    def chosen_template(self) -> Template:
+        """instruct.template if it was given, else what the starting model was fine-tuned with, else the default."""
+        stored = stored_template(self.origin) if self.origin else None
+        if stored is not None and "instruct.template" not in self.config.given:
+            return stored
+        template = load_template(self.config.instruct.template)
+        if stored is not None and template != stored:
+            self.note(f"instruct.template={self.config.instruct.template} is used as given, though {self.origin} was "
+                      f"fine-tuned with {stored.name}")
+        return template
+
+    def check_base(self, checkpoint: Path) -> None:
+        """A classifier's weights have no next-word head. (Classify, which can go on from one, has its own check.)"""
+        if read_config(checkpoint).task.name == "classify":
+            raise UserError(f"{checkpoint} is a classifier, which writes no text: start task.name="
+                            f"{self.config.task.name} from a model that does, such as the one it was trained from")
 
     def may_be_fresh(self, key: str) -> bool:
         """Whether the tensor of this key need not be in checkpoint.init_from: a head or adapters begin untrained."""

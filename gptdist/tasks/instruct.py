@@ -20,7 +20,7 @@ from gptdist.data.examples import Example, ExampleSource, eval_batches, pad_mult
 from gptdist.data.instructions import Conversation, read_conversations
 from gptdist.data.loader import IGNORED, Batch
 from gptdist.data.questions import python_questions
-from gptdist.data.templates import encode, load_template
+from gptdist.data.templates import encode
 from gptdist.data.tokenizer import Tokenizer, extend
 from gptdist.errors import UserError
 from gptdist.evaluate.text_metrics import exact_match, rouge_l, score_texts
@@ -44,7 +44,7 @@ class Instruct(FineTune):
         super().__init__(config, world)
         if config.task.test_data:
             raise UserError("task.test_data is not for task.name=instruct, which measures on task.val_data: use that")
-        self.template = load_template(config.instruct.template)
+        self.template = self.chosen_template()
         train, val, notes = read_data(config)
         for text in notes:
             self.note(text)
@@ -80,13 +80,18 @@ class Instruct(FineTune):
             size = max(model.vocab_size, self.tokenizer.vocab_size)
             self.config = dataclasses.replace(self.config, model=dataclasses.replace(model, vocab_size=size))
             self.note(f"{added} special tokens of the template {self.template.name} added to the vocabulary")
-            if self.config.lora.rank > 0 or self.config.task.freeze != "none":
-                self.note(f"their embeddings are frozen with the others ({self._freezer()}) and learn "
-                                   f"nothing: instruct.template=alpaca needs none")
+            self.note(self._frozen_note())
 
-    def _freezer(self) -> str:
-        rank = self.config.lora.rank
-        return f"lora.rank={rank}" if rank > 0 else f"task.freeze={self.config.task.freeze}"
+    def _frozen_note(self) -> str:
+        """What the new tokens cannot learn; "" if nothing is in their way. A tied head is the embedding."""
+        model, rank = self.build(), self.config.lora.rank
+        if model.wte.weight.requires_grad:
+            return ""
+        freezer = f"lora.rank={rank}" if rank > 0 else f"task.freeze={self.config.task.freeze}"
+        frozen = f"their embeddings are frozen with the others ({freezer}) and learn nothing"
+        if model.head_weight.requires_grad:
+            return f"{frozen}; their rows of the head are trained: instruct.template=alpaca needs neither"
+        return f"{frozen}: instruct.template=alpaca needs none"
 
     def _encode(self, conversations: Sequence[Conversation], where: str) -> Encoded:
         encoded = encode_conversations(
@@ -224,18 +229,22 @@ class Instruct(FineTune):
 def read_data(config: Config) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """(training, validation conversations, notes about what was left out)."""
     task, format = config.task, config.instruct.format
+    notes = []
+
+    def read(path: str) -> list[Conversation]:
+        found = read_conversations(path, format)
+        notes.append(found.note())
+        return found.items
+
     if not task.train_data:
         train, val = python_questions()
-        if task.val_data:
-            val = read_conversations(task.val_data, format).items
-        return train, val, []
-    found = [read_conversations(task.train_data, format)]
-    if task.val_data:
-        found.append(read_conversations(task.val_data, format))
-        train, val = found[0].items, found[1].items
+    elif task.val_data:
+        train, val = read(task.train_data), []
     else:
-        train, val = split(found[0].items, task.val_fraction)
-    return train, val, [note for part in found if (note := part.note())]
+        train, val = split(read(task.train_data), task.val_fraction)
+    if task.val_data:
+        val = read(task.val_data)
+    return train, val, [note for note in notes if note]
 
 
 def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
