@@ -20,7 +20,7 @@ from gptdist.evaluate.classification import scores
 from gptdist.metrics import read_rows
 from gptdist.model import Classifier
 from gptdist.parallel.world import init_world
-from gptdist.tasks.classify import Classify, Labeller
+from gptdist.tasks.classify import Classify, Labeller, load_splits
 from tests.conftest import run_gptdist, torchrun
 from tests.finetune_worker import CASES, CLASSIFY, classify_config, options, run_classify
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
@@ -177,6 +177,26 @@ def test_rows_of_several_lines_are_said_at_the_start(tmp_path, capsys):
     path.write_text('ham\t"hi there\nspam\twin\nham\tsee you"\n' + "ham\thello\nspam\tprize\n" * 6)
     run_classify(path, tmp_path / "run", "--train.steps=1", "--train.batch=2", "--classify.balance=undersample")
     assert f"1 row spans several lines, the first at {path} line 1" in capsys.readouterr().out
+
+
+def test_which_file_is_split(tmp_path):
+    """Test data of its own leaves training data to be split in two, in the proportion of classify.split."""
+    paths = {}
+    for name, n in (("train", 747), ("val", 5), ("test", 7)):
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_text("".join(f"{label}\t{name} {i}\n" for i in range(n) for label in ("ham", "spam")))
+
+    def sizes(*names):
+        config = classify_config(paths["train"], tmp_path, *(f"--task.{name}_data={paths[name]}" for name in names))
+        parts = load_splits(config)
+        texts = [row.text + row.label for part in (parts.train, parts.val, parts.test) for row in part]
+        assert len(set(texts)) == len(texts), "no text is in two of them"
+        return len(parts.train), len(parts.val), len(parts.test)
+
+    assert sizes() == (1045, 149, 300)
+    assert sizes("test") == (1307, 187, 14)
+    assert sizes("val") == (1494, 10, 0)
+    assert sizes("val", "test") == (1494, 10, 14)
 
 
 def test_epochs_make_the_steps(texts, tmp_path):
@@ -336,6 +356,12 @@ def test_probabilities_do_not_depend_on_the_company(references, texts):
     torch.testing.assert_close(together.sum(1), torch.ones(7))
     for i, sentence in enumerate(sentences):
         torch.testing.assert_close(labeller.probabilities([sentence])[0], together[i], atol=1e-6, rtol=1e-5)
+
+
+def test_no_texts_have_no_probabilities(references):
+    labeller = Labeller(layout.resolve(references / "plain"))
+    assert labeller.probabilities([]).shape == (0, 3)
+    assert list(labeller.lines([])) == []
 
 
 def test_commands(references, base, texts, tmp_path, capsys):

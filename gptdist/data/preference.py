@@ -30,9 +30,9 @@ from gptdist.data.instructions import (
     from_messages,
     read_items,
     short,
+    split_by_hash,
 )
 from gptdist.data.loader import IGNORED
-from gptdist.data.order import SampleOrder
 from gptdist.data.questions import PROSE, documented_names, is_held_out, later_sentences, name_hash
 from gptdist.data.templates import Template, encode
 from gptdist.data.tokenizer import Tokenizer
@@ -208,8 +208,5 @@ def _alike(a: Example, b: Example) -> bool:
 
 
 def split_preferences(pairs: Sequence[Preference], fraction: float) -> tuple[list[Preference], list[Preference]]:
-    """(training, held-out) pairs: a share of them, the same for every run, spread over the file."""
-    n = round(fraction * len(pairs))
-    held_out = set(SampleOrder(len(pairs), 0).index(np.arange(n)).tolist()) if n else set()
-    return ([pair for i, pair in enumerate(pairs) if i not in held_out],
-            [pair for i, pair in enumerate(pairs) if i in held_out])
+    """(training, held-out) pairs by a hash of the prompt: pairs that share one meet on one side."""
+    return split_by_hash(pairs, fraction, key=lambda pair: repr(pair.question))

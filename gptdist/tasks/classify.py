@@ -226,8 +226,12 @@ def load_splits(config: Config) -> Splits:
     balanced = options.balance == "undersample"
     if balanced:
         train = undersample(train, options.split_seed)
-    if task.val_data or task.test_data:
+    if task.val_data:
         splits = Splits(train, read(task.val_data), read(task.test_data))
+    elif task.test_data:
+        whole = sum(options.split[:2])
+        shares = [options.split[0] / whole, options.split[1] / whole, 0.0]
+        splits = dataclasses.replace(split(train, shares, options.split_seed), test=read(task.test_data))
     else:
         splits = split(train, options.split, options.split_seed)
     return dataclasses.replace(splits, notes=tuple(notes))

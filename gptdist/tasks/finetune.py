@@ -28,6 +28,7 @@ class FineTune(Task):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self.origin = find_origin(config)
+        self._given = config.given  # a configuration that is resolved has lost it
         self._notes: list[str] = []
 
     def note(self, text: str) -> None:
@@ -51,7 +52,7 @@ class FineTune(Task):
     def chosen_template(self) -> Template:
         """instruct.template if it was given, else what the starting model was fine-tuned with, else the default."""
         stored = stored_template(self.origin) if self.origin else None
-        if stored is not None and "instruct.template" not in self.config.given:
+        if stored is not None and "instruct.template" not in self._given:
             return stored
         template = load_template(self.config.instruct.template)
         if stored is not None and template != stored:

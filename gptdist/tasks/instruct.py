@@ -17,7 +17,7 @@ from gptdist.checkpoint.grow import load_grown
 from gptdist.config import Config
 from gptdist.data.answers import Encoded, encode_conversations, pack, packed_row, row_of
 from gptdist.data.examples import Example, ExampleSource, eval_batches, pad_multiple
-from gptdist.data.instructions import Conversation, read_conversations
+from gptdist.data.instructions import Conversation, read_conversations, split_by_hash
 from gptdist.data.loader import IGNORED, Batch
 from gptdist.data.questions import python_questions
 from gptdist.data.templates import encode
@@ -249,11 +249,7 @@ def read_data(config: Config) -> tuple[list[Conversation], list[Conversation], l
 
 def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
     """(training, validation) by a hash of each conversation: equal ones meet on one side, wherever they stand."""
-    sides: tuple[list, list] = [], []
-    for conversation in conversations:
-        digest = hashlib.blake2b(repr(conversation).encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "little") < val_fraction * 2**64].append(conversation)
-    return sides
+    return split_by_hash(conversations, val_fraction, key=repr)
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:
