@@ -410,8 +410,8 @@ class ClassifyConfig:
     text_field: str = _option("text", "column or JSON field of the text, where the file names its columns")
     label_field: str = _option("label", "column or JSON field of the label")
     labels: list[str] = _option((), "the labels; empty: those of the training data, sorted")
-    split: list[float] = _option((0.7, 0.1, 0.2), "without val_data and test_data: shares of train_data that are for "
-                                                  "training, validation and test")
+    split: list[float] = _option((0.7, 0.1, 0.2), "without val_data: shares of train_data that are for training, "
+                                                  "validation and test; with test_data the first two in proportion")
     split_seed: int = _option(123, "seeds undersampling and the split")
     balance: Literal["none", "undersample", "weights"] = _option(
         "none", "undersample: as many texts of each label as the rarest has; weights: rarer labels count more")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +45,11 @@ class Metrics:
         self._wandb = _wandb(config.wandb, run_dir, resolved) if config.wandb else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """A row; in the file a number that is not finite, which JSON does not have, is null."""
         scalars = {name: v for name, v in values.items() if isinstance(v, float)}
+        finite = values | {name: None for name, v in scalars.items() if not math.isfinite(v)}
         with _writing(self.path):
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.write(json.dumps({"kind": kind, "step": step} | finite) + "\n")
             self._file.flush()
             if self._board is not None:
                 for name, value in scalars.items():
@@ -139,7 +142,7 @@ def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> N
     rows = read_rows(path)
     train, evals = _points(path, rows, "train", "loss"), _points(path, rows, "eval", "val_loss")
     if not train:
-        raise UserError(f"{path} has no training rows yet")
+        raise UserError(f"{path} has no training rows with a finite loss yet")
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(*zip(*train, strict=True), linewidth=0.8, alpha=0.7, label="training")
     if evals:
@@ -159,10 +162,11 @@ def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> N
 
 
 def _points(path: Path, rows: list[dict[str, Any]], kind: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of the rows of one kind. Raises UserError naming the line without a number."""
+    """(step, value) of the rows of one kind where it is finite, that is not null. Raises UserError naming the line
+    without a number."""
     points = []
     for number, row in enumerate(rows, 1):
-        if row["kind"] == kind:
+        if row["kind"] == kind and row.get(name, "nothing") is not None:
             if not isinstance(row.get(name), int | float):
                 raise UserError(f"{path} line {number} has no number as {name}, got {row.get(name)!r:.60}: remove that "
                                 "line, or move the file away")

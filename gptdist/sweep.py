@@ -226,6 +226,8 @@ def _train(path: str, overrides: list[str], config: Config, size: Size, output: 
               if row["kind"] == "eval" and row["step"] == size.steps]
     if not losses:
         raise UserError(f"{run} has no validation loss of step {size.steps}: does {config.data.path} have a val/?")
+    if losses[-1] is None:
+        raise UserError(f"{run} ends with a validation loss that is not finite: lower optim.lr")
     record["runs"][size.name] = dataclasses.asdict(size) | {"loss": losses[-1]}
     _write(output, record)
     console.print(f"{size.name}: loss {losses[-1]:.4f}")

@@ -348,17 +348,19 @@ class Trainer:
         started = time.perf_counter()
         self.task.step = self.state.step
         values = self.task.evaluate(self.strategy)
-        if values is None or not math.isfinite(values["val_loss"]):
+        if values is None:
             return False
-        loss = values["val_loss"]
-        best = self.state.best_val_loss
-        is_best = best is None or loss < best
-        self.state.val_loss, self.state.best_val_loss = loss, loss if is_best else best
+        loss, best = values["val_loss"], self.state.best_val_loss
+        finite = math.isfinite(loss)
+        is_best = finite and (best is None or loss < best)
+        if finite:
+            self.state.val_loss, self.state.best_val_loss = loss, loss if is_best else best
         if self.metrics is not None:
             self.metrics.write("eval", self.state.step, **values, seconds=time.perf_counter() - started)
         others = "".join(f"  {name} {value:.4f}" for name, value in values.items()
                          if name != "val_loss" and isinstance(value, float))
-        self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{' (best)' if is_best else ''}{others}")
+        remark = " (best)" if is_best else "" if finite else " (not finite)"
+        self.console.print(f"step {self.state.step}  validation loss {loss:.4f}{remark}{others}")
         return is_best
 
     def _run_tasks(self) -> None:

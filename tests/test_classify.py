@@ -20,7 +20,7 @@ from gptdist.evaluate.classification import scores
 from gptdist.metrics import read_rows
 from gptdist.model import Classifier
 from gptdist.parallel.world import init_world
-from gptdist.tasks.classify import Classify, Labeller
+from gptdist.tasks.classify import Classify, Labeller, load_splits
 from tests.conftest import run_gptdist, torchrun
 from tests.finetune_worker import CASES, CLASSIFY, classify_config, options, run_classify
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
@@ -172,6 +172,33 @@ def test_weights_make_labels_count_alike(tmp_path):
     torch.testing.assert_close(losses, plain * factors)
 
 
+def test_rows_of_several_lines_are_said_at_the_start(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text('ham\t"hi there\nspam\twin\nham\tsee you"\n' + "ham\thello\nspam\tprize\n" * 6)
+    run_classify(path, tmp_path / "run", "--train.steps=1", "--train.batch=2", "--classify.balance=undersample")
+    assert f"1 row spans several lines, the first at {path} line 1" in capsys.readouterr().out
+
+
+def test_which_file_is_split(tmp_path):
+    """Test data of its own leaves training data to be split in two, in the proportion of classify.split."""
+    paths = {}
+    for name, n in (("train", 747), ("val", 5), ("test", 7)):
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_text("".join(f"{label}\t{name} {i}\n" for i in range(n) for label in ("ham", "spam")))
+
+    def sizes(*names):
+        config = classify_config(paths["train"], tmp_path, *(f"--task.{name}_data={paths[name]}" for name in names))
+        parts = load_splits(config)
+        texts = [row.text + row.label for part in (parts.train, parts.val, parts.test) for row in part]
+        assert len(set(texts)) == len(texts), "no text is in two of them"
+        return len(parts.train), len(parts.val), len(parts.test)
+
+    assert sizes() == (1045, 149, 300)
+    assert sizes("test") == (1307, 187, 14)
+    assert sizes("val") == (1494, 10, 0)
+    assert sizes("val", "test") == (1494, 10, 14)
+
+
 def test_epochs_make_the_steps(texts, tmp_path):
     run_classify(texts, tmp_path / "run", "--train.epochs=0.5")
     assert len(train_rows(tmp_path / "run")) == 3  # ceil(0.5 x 62 / 11)
@@ -209,6 +236,27 @@ def test_a_classifier_goes_on_with_its_labels_only(references, texts, tmp_path):
     other.write_text("ham\thello\nspam\twin\n" * 9)
     with pytest.raises(UserError, match="classifies graphics, mail, numbers, but the labels of this run are ham, spam"):
         run_classify(other, tmp_path / "other", start)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("--classify.pool=mean", "has classify.pool=last, this run classify.pool=mean: its head is kept"),
+    ("--classify.end_token=false", "has classify.end_token=True, this run classify.end_token=False: its head is kept")])
+def test_a_kept_head_sees_what_it_was_trained_with(references, texts, tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        run_classify(texts, tmp_path / "run", f"--checkpoint.init_from={references / 'plain'}", override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["instruct", "dpo"])
+def test_a_classifier_is_no_start_for_text(references, texts, tmp_path, task):
+    path = tmp_path / "data.jsonl"
+    record = {"instruction": "Q", "output": "yes", "chosen": "yes", "rejected": "no"}
+    path.write_text("".join(json.dumps(record | {"instruction": f"Q{i}"}) + "\n" for i in range(20)))
+    with pytest.raises(UserError) as caught:
+        run_classify(path, tmp_path / "run", f"--checkpoint.init_from={references / 'plain'}", f"--task.name={task}",
+                     "--instruct.template={prompt}={answer}")
+    assert f"is a classifier, which writes no text: start task.name={task} from a model that does" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_labels_that_training_does_not_know(texts, tmp_path):
@@ -308,6 +356,12 @@ def test_probabilities_do_not_depend_on_the_company(references, texts):
     torch.testing.assert_close(together.sum(1), torch.ones(7))
     for i, sentence in enumerate(sentences):
         torch.testing.assert_close(labeller.probabilities([sentence])[0], together[i], atol=1e-6, rtol=1e-5)
+
+
+def test_no_texts_have_no_probabilities(references):
+    labeller = Labeller(layout.resolve(references / "plain"))
+    assert labeller.probabilities([]).shape == (0, 3)
+    assert list(labeller.lines([])) == []
 
 
 def test_commands(references, base, texts, tmp_path, capsys):

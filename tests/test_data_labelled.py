@@ -10,6 +10,7 @@ from gptdist.data.labelled import (
     find_labels,
     read_labelled,
     read_texts,
+    several_lines_note,
     split,
     undersample,
 )
@@ -79,6 +80,31 @@ def test_line_numbers_count_lines_inside_quotes(tmp_path):
     path = write(tmp_path, "a.csv", 'text,label\n"two\nlines",ham\nhi,\n')
     with pytest.raises(UserError, match=r"no label \(line 4\)"):
         read_labelled(path)
+
+
+def test_stray_quotes_are_reported(tmp_path):
+    """csv's quoting makes one row of several lines: allowed, but not unsaid."""
+    path = write(tmp_path, "sms", 'ham\tok\nham\t"hi there\nspam\tWIN\nham\tbye"\nspam\t"a\nb"\n')
+    rows = read_labelled(path)
+    assert [row.label for row in rows] == ["ham", "ham", "spam"]
+    note = several_lines_note(path, rows)
+    assert note.startswith(f"2 rows span several lines, the first at {path} line 2: ")
+    assert several_lines_note(path, rows[:2]).startswith(f"1 row spans several lines, the first at {path} line 2: ")
+    assert several_lines_note(path, rows[:1]) == ""
+    lines = write(tmp_path, "a.jsonl", '{"text": "a\\nb", "label": "ham"}\n')
+    assert several_lines_note(lines, read_labelled(lines)) == ""
+
+
+@pytest.mark.parametrize("inside", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_only_line_ends_end_lines(tmp_path, inside):
+    text = f"one{inside}and"
+    for name, content in (("a.csv", f'text,label\r\n{text},ham\r\n"{text}",ham\r\n'),
+                          ("a.tsv", f"text\tlabel\n{text}\tham\n{text}\tham\n"),
+                          ("a.txt", f"ham\t{text}\nham\t{text}\n")):
+        rows = read_labelled(write(tmp_path, name, content))
+        assert pairs(rows) == [("ham", text)] * 2
+        assert rows[1].where.endswith("line 3" if name != "a.txt" else "line 2")
+    assert read_texts(write(tmp_path, "b.txt", f"{text}\r\n{text}\ntwo")) == [text, text, "two"]
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -28,7 +28,7 @@ from gptdist.errors import UserError
 from gptdist.metrics import read_rows
 from gptdist.parallel.world import World
 from gptdist.tasks.dpo import REFERENCE_FILE, Dpo
-from tests.lora_data import PAIRS, base_run, pairs_file
+from tests.lora_data import base_run, pairs_file
 from tests.training import run_tiny, tiny_config, train_rows
 
 TEMPLATE = load_template("{prompt}={answer}")
@@ -124,6 +124,19 @@ def test_answers_beyond_the_context_are_left_out(tmp_path):
         encode_preferences(pairs[1:], TEMPLATE, tokenizer, context=16, where="here")
 
 
+def test_cut_answers_are_counted():
+    """A pair counts once, however many of its answers are cut."""
+    question = Conversation((Turn(USER, "Q"),))
+    pairs = [Preference(question, *answers) for answers in (("yes", "no"), ("a" * 40, "no"), ("a" * 40, "b" * 40))]
+    encoded = encode_preferences(pairs, TEMPLATE, build_tokenizer("bytes"), context=16, where="here")
+    assert (len(encoded), encoded.truncated) == (3, 2)
+    assert encoded.note() == "2 of 3 pairs have an answer cut to model.context=16 tokens, its end token kept"
+    both = [*pairs, Preference(Conversation((Turn(USER, "Q" * 40),)), "yes", "no")]
+    encoded = encode_preferences(both, TEMPLATE, build_tokenizer("bytes"), context=16, where="here")
+    assert encoded.note() == ("left out 1 of 4 pairs whose answers do not differ within model.context=16 tokens; "
+                              "2 of 4 pairs have an answer cut to model.context=16 tokens, its end token kept")
+
+
 def test_the_shorter_answer_as_a_preference():
     question = Conversation((Turn(USER, "Q"),))
     pairs = [Preference(question, *answers) for answers in (("a", "bcd"), ("bcd", "a"), ("b", "c"))]
@@ -151,12 +164,16 @@ def test_the_embedded_pairs():
                                   where="here")) == 50
 
 
-def test_the_split_is_a_pure_function_of_the_pairs():
-    pairs = list(range(50))
+def test_the_split_depends_on_the_prompt_alone():
+    """Pairs of a held-out prompt are not in training, wherever they stand and whatever is added."""
+    pairs = [Preference(Conversation((Turn(USER, f"Q{i % 200}"),)), f"yes {i}", "no") for i in range(600)]
     train, held_out = split_preferences(pairs, 0.1)
-    assert sorted(train + held_out) == pairs
-    assert len(held_out) == 5
-    assert split_preferences(pairs, 0.1) == (train, held_out)
+    asked = [{pair.question for pair in part} for part in (train, held_out)]
+    assert asked[0].isdisjoint(asked[1])
+    assert len(asked[0] | asked[1]) == 200
+    assert 8 < len(asked[1]) < 40
+    assert len(held_out) == 3 * len(asked[1])
+    assert split_preferences(pairs[300:], 0.1)[1] == [pair for pair in pairs[300:] if pair.question in asked[1]]
     assert split_preferences(pairs, 0.0) == (pairs, [])
 
 
@@ -170,7 +187,7 @@ def options(base, pairs, *further: str) -> list[str]:
     return ["--task.name=dpo", f"--task.train_data={pairs}", f"--checkpoint.init_from={base}", f"--train.steps={STEPS}",
             "--train.batch=5", "--train.micro_batch=2", "--schedule.warmup_steps=0", "--schedule.name=constant",
             "--optim.lr=3e-3", "--instruct.template={prompt}={answer}", "--train.grad_clip=0", "--eval.every=4",
-            "--checkpoint.keep_last=100", "--checkpoint.every=1", *further]
+            "--checkpoint.keep_last=100", "--checkpoint.every=1", "--task.val_fraction=0.25", *further]
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +233,13 @@ def test_the_loss_is_the_papers(dataset, runs, common, run, step):
     reference, _, _ = load_model(runs / "base" / "checkpoints" / "step-00000006")
     config = tiny_config(dataset, runs / run, *common)
     task = Dpo(config, World(0, 1, torch.device("cpu"), "single", None))
-    train, _ = split_preferences(PAIRS, 0.1)
+    train, _ = split_preferences(read_preferences(runs / "pairs.jsonl").items, 0.25)
     margins = []
     for i in task.source.examples((step - 1) * 5):
         pair = train[i]
-        gains = [answer_log_prob(before, tokenizer, pair["prompt"], pair[side])
-                 - answer_log_prob(reference, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+        prompt = pair.question.turns[0].text
+        gains = [answer_log_prob(before, tokenizer, prompt, answer)
+                 - answer_log_prob(reference, tokenizer, prompt, answer) for answer in (pair.chosen, pair.rejected)]
         margins.append(0.1 * (gains[0] - gains[1]))
     row = train_rows(runs / run)[step - 1]
     assert row["loss"] == pytest.approx(np.mean([math.log1p(math.exp(-m)) for m in margins]), abs=1e-5)
@@ -261,10 +279,18 @@ def test_without_a_given_template_it_is_the_starting_models(dataset, runs, commo
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the reference is the merged model, not its base
 
 
+def test_a_given_template_wins(dataset, runs, common, tmp_path, capsys):
+    common = [o for o in common if not o.startswith(("--instruct.template", "--checkpoint.init_from"))]
+    run_tiny(dataset, tmp_path / "run", *common, f"--checkpoint.init_from={runs / 'full'}", "--train.steps=1",
+             "--instruct.template={prompt}:{answer}")
+    assert stored_template(resolve(tmp_path / "run")) == load_template("{prompt}:{answer}")
+    assert "instruct.template={prompt}:{answer} is used as given, though" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("further", "message"), [
     (["--train.steps=40"], r"train.steps or data.skip of this run asks for \d+ pairs that .* has no reference of"),
-    (["--eval.examples=0"], r"eval.examples of this run asks for 1 pairs"),
-    (["--task.val_fraction=0.2"], r"has task.val_fraction=0.1, this run task.val_fraction=0.2"),
+    (["--eval.examples=0"], r"eval.examples of this run asks for 2 pairs"),
+    (["--task.val_fraction=0.2"], r"has task.val_fraction=0.25, this run task.val_fraction=0.2"),
     (["--dpo.beta=0.2"], r"has dpo.beta=0.1, this run dpo.beta=0.2")])
 def test_a_run_keeps_what_its_reference_is_for(dataset, common, tmp_path, further, message):
     common = [*common, "--train.batch=2"]

@@ -10,15 +10,16 @@ from gptdist import config as config_module
 from gptdist.chat import open_chat
 from gptdist.checkpoint import layout, store
 from gptdist.checkpoint.restore import load_model, read_config
+from gptdist.checkpoint.template import stored_template
 from gptdist.cli import main
 from gptdist.data.instructions import ASSISTANT, USER, Conversation, Turn
-from gptdist.data.templates import TEMPLATES
+from gptdist.data.templates import TEMPLATES, load_template
 from gptdist.errors import UserError
 from gptdist.generate import Sampling
 from gptdist.metrics import read_rows
 from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import init_world
-from gptdist.tasks.instruct import Instruct, split
+from gptdist.tasks.instruct import Instruct, read_data, split
 from gptdist.trainer import Trainer
 from tests.conftest import run_gptdist
 from tests.training import assert_same_curve, run_tiny, train_rows
@@ -213,10 +214,29 @@ def test_alpaca_needs_no_new_tokens(base, data, tmp_path, capsys):
     assert "special tokens" not in capsys.readouterr().out
 
 
-def test_frozen_embeddings_are_said(base, data, tmp_path, capsys):
-    finetune(data, base, tmp_path, "--task.freeze=last:1", "--train.stop_at=1")
-    said = capsys.readouterr().out
-    assert "their embeddings are frozen with the others (task.freeze=last:1) and learn nothing" in said
+@pytest.fixture(scope="module")
+def untied(dataset, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("untied")
+    run_tiny(dataset, run_dir, "--model.context=64", "--train.tokens_per_step=704", "--train.steps=1", "--eval.every=0",
+             "--eval.tokens=500", "--schedule.warmup_steps=0", "--model.tied=false")
+    return run_dir
+
+
+@pytest.mark.parametrize("freeze", ["head", "last:1"])
+def test_frozen_embeddings_are_said_where_they_are_frozen(base, untied, data, tmp_path, freeze, capsys):
+    """A tied head is the embedding, and learns; of an untied one the embeddings of the new tokens stay."""
+    for start in (base, untied):
+        run_dir = tmp_path / start.name
+        finetune(data, start, run_dir, f"--task.freeze={freeze}", "--train.stop_at=1", "--schedule.warmup_steps=0",
+                 "--eval.every=0", "--instruct.samples=0", "--optim.weight_decay=0")
+        said = capsys.readouterr().out
+        assert "2 special tokens of the template chatml added" in said
+        sentence = (f"their embeddings are frozen with the others (task.freeze={freeze}) and learn nothing; their rows "
+                    f"of the head are trained")
+        assert (sentence in said) == (start == untied)
+        assert ("frozen" in said) == (start == untied)
+        before, after = (store.load_tensors(layout.resolve(run))["model.wte.weight"][:257] for run in (start, run_dir))
+        assert torch.equal(before, after) == (start == untied)
 
 
 @pytest.mark.parametrize("save", ["all", "adapters"])
@@ -228,6 +248,33 @@ def test_adapters_on_a_grown_vocabulary(base, data, tmp_path, save, capsys):
     finetune(data, tmp_path / "lora", tmp_path / "next", "--train.stop_at=1")
     assert "special tokens" not in capsys.readouterr().out, "they are there already"
     assert train_rows(tmp_path / "next")[0]["loss"] < train_rows(tmp_path / "lora")[0]["loss"], "what it learned stays"
+
+
+def test_the_template_of_the_starting_model_is_kept(single, data, tmp_path, capsys, monkeypatch):
+    """Without instruct.template; one that is given wins, and the run says so."""
+    monkeypatch.setitem(TINY, "instruct", {"samples": 0})
+    short = ["--train.stop_at=1", "--eval.every=0"]
+    finetune(data, single, tmp_path / "kept", *short)
+    assert stored_template(layout.resolve(tmp_path / "kept")) == TEMPLATES["chatml"]
+    assert "is used as given" not in capsys.readouterr().out
+    finetune(data, single, tmp_path / "kept", "--train.stop_at=2", "--eval.every=0")
+    assert len(train_rows(tmp_path / "kept")) == 2
+    finetune(data, single, tmp_path / "given", *short, "--instruct.template={prompt}={answer}")
+    assert stored_template(layout.resolve(tmp_path / "given")) == load_template("{prompt}={answer}")
+    assert (f"instruct.template={{prompt}}={{answer}} is used as given, though {layout.resolve(single)} was fine-tuned "
+            f"with chatml") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_what_is_left_out_of_validation_data_is_said(data, tmp_path, embedded):
+    val = tmp_path / "val.jsonl"
+    val.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": ""}\n')
+    train_data = "" if embedded else str(data)
+    config = config_module.from_dict(TINY, "test", [f"--task.train_data={train_data}", f"--task.val_data={val}"])
+    train, held_out, notes = read_data(config)
+    assert (len(train) == 60) == (not embedded)
+    assert [c.answer for c in held_out] == ["b"]
+    assert notes == [f"left out 1 of 2 conversations with an empty answer, the first at {val}:2"]
 
 
 def test_test_data_is_refused(base, data, tmp_path):

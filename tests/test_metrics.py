@@ -1,4 +1,5 @@
 import errno
+import json
 
 import pytest
 
@@ -60,11 +61,24 @@ def test_plots_that_cannot_be_written_are_named(tmp_path, name):
         plot_losses(tmp_path, tmp_path / name)
 
 
-@pytest.mark.parametrize("loss", ["", ', "loss": null', ', "loss": "x"'])
+@pytest.mark.parametrize("loss", ["", ', "loss": [1]', ', "loss": "x"'])
 def test_a_loss_that_is_no_number_is_named(tmp_path, loss):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 2' + loss + "}\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl line 1 has no number as loss"):
         plot_losses(tmp_path, tmp_path / "x.png")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """NaN is no JSON. The plot leaves such steps out."""
+    writer = Metrics(tmp_path, RunConfig(tensorboard=False), start_step=0, resolved={})
+    for step, loss in enumerate((float("nan"), 2.0, float("inf"), 1.0), 1):
+        writer.write("train", step, loss=loss, tokens=3)
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [None, 2.0, None, 1.0]
+    assert metrics._points(path, read_rows(path), "train", "loss") == [(2, 2.0), (4, 1.0)]
+    plot_losses(tmp_path, tmp_path / "x.png")
 
 
 def no_space(*args, **kwargs):

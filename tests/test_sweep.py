@@ -123,6 +123,12 @@ def test_bad_sweeps(arguments, message, config_file, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_loss_that_is_not_finite_is_named(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.subprocess, "run", Trained(loss=lambda width: None))
+    with pytest.raises(UserError, match=r"8x1 ends with a validation loss that is not finite: lower optim\.lr"):
+        sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
+
+
 def test_a_size_that_fails_is_named(config_file, tmp_path, monkeypatch):
     def fail(command, stdout, **_):
         stdout.write(b"gptdist train: no room\n")

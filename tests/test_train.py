@@ -160,6 +160,26 @@ def test_a_gradient_that_is_not_finite_is_skipped_then_fatal(dataset, tmp_path, 
         trainer.run()
 
 
+def test_an_evaluation_that_is_not_finite_is_said(dataset, tmp_path, monkeypatch, capsys):
+    """Its row is written and printed; it is never the best, and the next finite one is."""
+    config = tiny_config(dataset, tmp_path / "run", "--train.steps=3", "--schedule.warmup_steps=0", "--eval.every=1",
+                         "--checkpoint.keep_last=1")
+    trainer = Trainer(config, init_world(config.parallel))
+    found = iter([float("nan"), 2.0, float("inf")])
+    monkeypatch.setattr(trainer.task, "evaluate", lambda strategy: {"val_loss": next(found), "other": 0.5})
+    assert trainer.run() == 0
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "eval"]
+    assert [(row["step"], row["val_loss"], row["other"]) for row in rows] == [(1, None, 0.5), (2, 2.0, 0.5),
+                                                                              (3, None, 0.5)]
+    said = capsys.readouterr().out
+    for line in ("step 1  validation loss nan (not finite)  other 0.5000", "step 2  validation loss 2.0000 (best)",
+                 "step 3  validation loss inf (not finite)"):
+        assert line in said
+    kept = [layout.read_train_state(path) for path in layout.scan(tmp_path / "run" / "checkpoints")[0]]
+    assert [(state["step"], state["val_loss"], state["best_val_loss"]) for state in kept] == [(2, 2.0, 2.0),
+                                                                                               (3, None, 2.0)]
+
+
 def test_loss_is_divided_by_the_number_of_targets(dataset, tmp_path):
     """Two micro-batches, one with almost no targets: gradients equal those of the plain mean over all targets."""
     config = tiny_config(dataset, tmp_path / "run")

@@ -170,7 +170,7 @@ def eval_batches(rows: Sequence[Example], *, lengths: np.ndarray, micro_batch: i
     padding, k = _Padding(context, pad_multiple), rows_per_example
     of_example = lengths.reshape(-1, k).max(1)
     order = np.argsort(of_example, kind="stable")
-    micro_batch = min(micro_batch, -(-len(order) // world))
+    micro_batch = max(1, min(micro_batch, -(-len(order) // world)))
     for first in range(0, len(order), micro_batch * world):
         block = order[first:first + micro_batch * world]
         start, stop = rank_share(len(block), rank, world)

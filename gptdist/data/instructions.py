@@ -8,8 +8,9 @@ A file is a JSON list of such objects or has one a line (JSONL); both are recogn
 Other keys of an object are left alone. Sources: Taori et al., "Stanford Alpaca" (2023); OpenAI's chat format.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -103,6 +104,16 @@ def read_items(path: str | Path, parse: Callable[[object, str], T], teaches: Cal
         why = f"all {len(left_out)} objects are {useless}" if left_out else "no objects"
         raise UserError(f"{path}: {why}; expected a JSON list or JSONL of objects with {expected}")
     return Found(items, useless, len(left_out), left_out[0] if left_out else "")
+
+
+def split_by_hash(items: Sequence[T], fraction: float, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """(training, held-out) items, about `fraction` of them held out: those of equal keys meet on one side, wherever
+    they stand."""
+    sides: tuple[list[T], list[T]] = [], []
+    for item in items:
+        digest = hashlib.blake2b(key(item).encode(), digest_size=8).digest()
+        sides[int.from_bytes(digest, "little") < fraction * 2**64].append(item)
+    return sides
 
 
 def read_text(path: Path) -> str:

@@ -7,6 +7,7 @@ Files, by suffix:
 """
 
 import csv
+import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from gptdist.errors import UserError
 
 _JSONL = {".jsonl", ".ndjson"}
 _MAX_FIELD = 16 << 20  # characters; more is a quote that nothing closes
+_LINE_END = re.compile(r"[\r\n]")
 _SHOWN = 5  # line numbers in a message
 _FIELD_OPTIONS, _TEXT_OPTION = "classify.text_field and classify.label_field", "--text-field"  # finetune's, classify's
 
@@ -55,6 +57,7 @@ class Splits:
     train: list[LabelledText]
     val: list[LabelledText]
     test: list[LabelledText]
+    notes: tuple[str, ...] = ()  # what to say about how they were read
 
 
 def read_labelled(path: str | Path, *, text_field: str = "text", label_field: str = "label") -> list[LabelledText]:
@@ -75,13 +78,27 @@ def read_labelled(path: str | Path, *, text_field: str = "text", label_field: st
     return rows
 
 
+def several_lines_note(path: str | Path, rows: Sequence[LabelledText]) -> str:
+    """One line about rows of a label<TAB>text file that span several lines, as a stray quote does; "" for others."""
+    if Path(path).suffix.lower() in {".csv", *_JSONL}:
+        return ""
+    spanning = [row for row in rows if _LINE_END.search(row.text) or _LINE_END.search(row.label)]
+    if not spanning:
+        return ""
+    n = len(spanning)
+    return (f"{n} {'row spans' if n == 1 else 'rows span'} several lines, the first at {spanning[0].where}: a text "
+            f"that begins with a quote goes on to the next one; remove quotes that are not meant so")
+
+
 def read_texts(path: str | Path, *, text_field: str = "text") -> list[str]:
     """Texts to be labelled: that column or field of .csv, .tsv and .jsonl, the lines of other files."""
     path = Path(path)
     if path.suffix.lower() in {".csv", ".tsv", *_JSONL}:
         found = [(line, text) for line, text, _ in _records(path, text_field, None)]
     else:
-        found = list(enumerate(_read(path).splitlines(), 1))
+        found = list(enumerate(re.split(r"\r?\n", _read(path)), 1))
+        if not found[-1][1]:  # behind the last line end
+            found.pop()
     if empty := [line for line, text in found if text is None or not text.strip()]:
         raise UserError(f"{path}: {_rows(empty)} an empty text ({_lines(empty)}): remove them")
     if not found:
@@ -180,7 +197,7 @@ def _named_columns(path: Path, rows: Iterator[tuple[int, list[str]]], columns: l
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, fields) of every row that is not blank."""
     limit = csv.field_size_limit(_MAX_FIELD)
-    lines = _read(path).splitlines(keepends=True)
+    lines = io.StringIO(_read(path), newline="")  # str.splitlines would split at U+0085, U+2028 and others too
     line = 1
     try:
         reader = csv.reader(lines, delimiter=delimiter)

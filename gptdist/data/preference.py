@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptdist.data.answers import Answered, cut
+from gptdist.data.answers import Answered, cut, row_of
 from gptdist.data.examples import Example
 from gptdist.data.instructions import (
     ASSISTANT,
@@ -30,9 +30,9 @@ from gptdist.data.instructions import (
     from_messages,
     read_items,
     short,
+    split_by_hash,
 )
 from gptdist.data.loader import IGNORED
-from gptdist.data.order import SampleOrder
 from gptdist.data.questions import PROSE, documented_names, is_held_out, later_sentences, name_hash
 from gptdist.data.templates import Template, encode
 from gptdist.data.tokenizer import Tokenizer
@@ -144,6 +144,7 @@ class EncodedPairs:
 
     rows: list[Example]  # chosen answer of pair 0, rejected one of pair 0, chosen one of pair 1, ...
     left_out: int  # pairs with an answer that does not begin within the context, or alike there
+    truncated: int  # of those in rows: with an answer cut to the context
     context: int
 
     def __len__(self) -> int:
@@ -160,36 +161,39 @@ class EncodedPairs:
 
     def note(self) -> str:
         """One line about what did not fit; "" if everything did."""
-        if not self.left_out:
-            return ""
-        return (f"left out {self.left_out} of {len(self) + self.left_out} pairs whose answers do not differ within "
-                f"model.context={self.context} tokens")
+        n = len(self) + self.left_out
+        parts = [f"left out {self.left_out} of {n} pairs whose answers do not differ within "
+                 f"model.context={self.context} tokens"] * (self.left_out > 0)
+        parts += [f"{self.truncated} of {n} pairs have an answer cut to model.context={self.context} tokens, its end "
+                  f"token kept"] * (self.truncated > 0)
+        return "; ".join(parts)
 
 
 def encode_preferences(pairs: Sequence[Preference], template: Template, tokenizer: Tokenizer, *, context: int,
                        where: str) -> EncodedPairs:
     """Encode and cut to `context` positions. Raises UserError if nothing is left of any pair."""
-    rows = []
+    rows, truncated = [], 0
     for pair in pairs:
-        chosen, rejected = (_row(pair.answered(answer), template, tokenizer, context)
-                            for answer in (pair.chosen, pair.rejected))
-        if chosen and rejected and not _alike(chosen, rejected):
+        whole = [_answered(pair.answered(answer), template, tokenizer) for answer in (pair.chosen, pair.rejected)]
+        items = [cut(item, context) for item in whole]
+        if any(item is None for item in items):
+            continue
+        chosen, rejected = map(row_of, items)
+        if not _alike(chosen, rejected):
             rows += [chosen, rejected]
+            truncated += any(item is not uncut for item, uncut in zip(items, whole, strict=True))
     if not rows:
         raise UserError(f"{where}: none of {len(pairs)} pairs has answers that differ within model.context={context} "
                         f"tokens: use a longer context, or a shorter template")
-    return EncodedPairs(rows, len(pairs) - len(rows) // 2, context)
+    return EncodedPairs(rows, len(pairs) - len(rows) // 2, truncated, context)
 
 
-def _row(conversation: Conversation, template: Template, tokenizer: Tokenizer, context: int) -> Example | None:
+def _answered(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> Answered:
     """The conversation in tokens. Only those of the last answer are targets: answers before it are of the prompt."""
     ids, is_answer = encode(template.render(conversation), tokenizer)
     learned = np.array(is_answer, bool)
     learned[:_last_run(learned)] = False
-    item = cut(Answered(np.array(ids, np.int64), learned), context)
-    if item is None:
-        return None
-    return Example(item.tokens[:-1], np.where(item.learned[1:], item.tokens[1:], IGNORED))
+    return Answered(np.array(ids, np.int64), learned)
 
 
 def _last_run(mask: np.ndarray) -> int:
@@ -204,8 +208,5 @@ def _alike(a: Example, b: Example) -> bool:
 
 
 def split_preferences(pairs: Sequence[Preference], fraction: float) -> tuple[list[Preference], list[Preference]]:
-    """(training, held-out) pairs: a share of them, the same for every run, spread over the file."""
-    n = round(fraction * len(pairs))
-    held_out = set(SampleOrder(len(pairs), 0).index(np.arange(n)).tolist()) if n else set()
-    return ([pair for i, pair in enumerate(pairs) if i not in held_out],
-            [pair for i, pair in enumerate(pairs) if i in held_out])
+    """(training, held-out) pairs by a hash of the prompt: pairs that share one meet on one side."""
+    return split_by_hash(pairs, fraction, key=lambda pair: repr(pair.question))

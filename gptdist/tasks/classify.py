@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from gptdist.data.labelled import (
     embedded_labelled,
     find_labels,
     read_labelled,
+    several_lines_note,
     split,
     undersample,
 )
@@ -36,7 +36,7 @@ from gptdist.evaluate.classification import print_scores, scores
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
 from gptdist.tasks.finetune import FineTune
-from gptdist.tasks.task import resolve_steps
+from gptdist.tasks.task import check_equal, resolve_steps
 
 
 class Classify(FineTune):
@@ -48,6 +48,8 @@ class Classify(FineTune):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         splits = load_splits(config)
+        for text in splits.notes:
+            self.note(text)
         self.start(lambda: (row.text for row in splits.train))
         labels = self._labels(splits.train)
         for rows in (splits.val, splits.test):
@@ -95,6 +97,13 @@ class Classify(FineTune):
 
     # Model and steps
 
+    def check_base(self, checkpoint: Path) -> None:
+        """A classifier's head goes on with what it was trained to see."""
+        saved = read_config(checkpoint)
+        if saved.task.name == "classify":
+            for name in ("classify.pool", "classify.end_token"):
+                check_equal(checkpoint, saved, self.config, name, "its head is kept; give the same")
+
     def may_be_fresh(self, key: str) -> bool:
         return super().may_be_fresh(key) or (key.startswith("model.score.") and self._origin_labels() is None)
 
@@ -137,11 +146,12 @@ class Classify(FineTune):
     # The end
 
     def started(self, strategy: Strategy) -> None:
+        super().started(strategy)
         parts = [f"{len(part.labels)} {name}" for name, part in
                  (("training", self.train), ("validation", self.val), ("test", self.test))]
         every = [self.train, self.val, self.test]
         truncated = sum(part.truncated for part in every)
-        self._console().print(
+        self.console.print(
             f"labels {', '.join(self.config.classify.labels)}; texts: {', '.join(parts)}; longest "
             f"{max(part.longest for part in every)} tokens, {truncated} cut to model.context="
             f"{self.config.model.context}; padding {self.source.padding_share():.1%} of the positions")
@@ -161,7 +171,7 @@ class Classify(FineTune):
         path = Path(self.config.run.dir) / "results.json"
         with user_errors("write to"):
             path.write_text(json.dumps(record, indent=1) + "\n")
-        console = self._console()
+        console = self.console
         print_scores(console, result, f"{len(self.test.labels)} test texts")
         for name, value in record["baselines"].items():
             console.print(f"test accuracy of {name.replace('_', ' ')}: {value:.2%}")
@@ -174,9 +184,6 @@ class Classify(FineTune):
         train_texts, test_texts = ([row.text for row in rows] for rows in (self.texts.train, self.texts.test))
         return {"the_commonest_label": majority_accuracy(train, test),
                 "logistic_regression_on_words": bag_of_words_accuracy(train_texts, train, test_texts, test)}
-
-    def _console(self) -> Console:
-        return Console(quiet=not self.world.is_main, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -205,17 +212,29 @@ class Encoded:
 def load_splits(config: Config) -> Splits:
     """The texts of a run: of the files that `task` names, or embedded ones; split and balanced as `classify` says."""
     task, options = config.task, config.classify
+    notes = []
 
     def read(path: str) -> list[LabelledText]:
-        return read_labelled(path, text_field=options.text_field, label_field=options.label_field) if path else []
+        if not path:
+            return []
+        rows = read_labelled(path, text_field=options.text_field, label_field=options.label_field)
+        if note := several_lines_note(path, rows):
+            notes.append(note)
+        return rows
 
     train = read(task.train_data) or embedded_labelled()
     balanced = options.balance == "undersample"
     if balanced:
         train = undersample(train, options.split_seed)
-    if task.val_data or task.test_data:
-        return Splits(train, read(task.val_data), read(task.test_data))
-    return split(train, options.split, options.split_seed)
+    if task.val_data:
+        splits = Splits(train, read(task.val_data), read(task.test_data))
+    elif task.test_data:
+        whole = sum(options.split[:2])
+        shares = [options.split[0] / whole, options.split[1] / whole, 0.0]
+        splits = dataclasses.replace(split(train, shares, options.split_seed), test=read(task.test_data))
+    else:
+        splits = split(train, options.split, options.split_seed)
+    return dataclasses.replace(splits, notes=tuple(notes))
 
 
 def encode(rows: Iterable[LabelledText], config: Config, tokenizer: Tokenizer) -> Encoded:

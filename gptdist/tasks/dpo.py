@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from gptdist import lora
 from gptdist.checkpoint import layout
-from gptdist.checkpoint.template import TEMPLATE_FILE, stored_template
+from gptdist.checkpoint.template import TEMPLATE_FILE
 from gptdist.config import Config
 from gptdist.data.examples import ExampleSource, eval_batches, pad_multiple
 from gptdist.data.loader import Batch
@@ -36,7 +36,6 @@ from gptdist.data.preference import (
     read_preferences,
     split_preferences,
 )
-from gptdist.data.templates import Template, load_template
 from gptdist.errors import UserError
 from gptdist.model import Dropout
 from gptdist.parallel.strategies import Strategy
@@ -58,7 +57,11 @@ class Dpo(FineTune):
             raise UserError("task.test_data is not for task.name=dpo, which measures on task.val_data: use that")
         train, val = self._read()
         self.start(lambda: _texts(train))
-        self.template = self._template()
+        self.template = self.chosen_template()
+        if missing := self.template.missing_from(self.tokenizer):
+            raise UserError(f"the model's tokenizer has no {', '.join(missing)}, which the template "
+                            f"{self.template.name} needs: fine-tune with it and task.name=instruct first, or use "
+                            f"instruct.template=alpaca")
         self.train = self._encode(train, self.data_name)
         self.val = self._encode(val, config.task.val_data or self.data_name) if val else None
         self.config = resolve_steps(self.config, len(self.train))
@@ -82,27 +85,13 @@ class Dpo(FineTune):
 
     def _read_file(self, path: str) -> list[Preference]:
         found = read_preferences(path)
-        self._say(found.note())
+        self.note(found.note())
         return found.items
-
-    def _say(self, note: str) -> None:
-        if note and self.world.is_main:
-            print(note, flush=True)
-
-    def _template(self) -> Template:
-        """instruct.template if it was given, else what the starting model was fine-tuned with, else the default."""
-        stored = stored_template(self.origin) if self.origin else None
-        given = "instruct.template" in self.config.given
-        template = load_template(self.config.instruct.template) if given or stored is None else stored
-        if missing := template.missing_from(self.tokenizer):
-            raise UserError(f"the model's tokenizer has no {', '.join(missing)}, which the template {template.name} "
-                            f"needs: fine-tune with it and task.name=instruct first, or use instruct.template=alpaca")
-        return template
 
     def _encode(self, pairs: list[Preference], where: str) -> EncodedPairs:
         encoded = encode_preferences(pairs, self.template, self.tokenizer, context=self.config.model.context,
                                      where=where)
-        self._say(encoded.note())
+        self.note(encoded.note())
         return encoded
 
     def _batching(self, pairs: EncodedPairs, micro_batch: int) -> dict[str, Any]:
@@ -126,10 +115,13 @@ class Dpo(FineTune):
         return self.config.lora.rank > 0
 
     def started(self, strategy: Strategy) -> None:
-        if self.val is not None:
+        super().started(strategy)
+        if self.val is None:
+            self.console.print("no validation pairs: nothing is evaluated")
+        else:
             measured = self._needed("val", 0, 0).tolist()
-            self._say(f"to clear on the {len(measured)} validation pairs: accuracy "
-                      f"{self.val.shorter_chosen(measured):.3f}, by preferring the shorter answer")
+            self.console.print(f"to clear on the {len(measured)} validation pairs: accuracy "
+                               f"{self.val.shorter_chosen(measured):.3f}, by preferring the shorter answer")
         if self._has_adapters or self._reference:
             return
         self._reference = {name: self._log_probs_of_all(strategy, pairs, self._needed(name, 0, 0))

@@ -4,13 +4,17 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from rich.console import Console
 from torch import Tensor
 
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.restore import load_weights, read_config
+from gptdist.checkpoint.template import stored_template
 from gptdist.config import Config, ModelConfig
+from gptdist.data.templates import Template, load_template
 from gptdist.data.tokenizer import Tokenizer, build_tokenizer
 from gptdist.errors import DamagedError, UserError
+from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
 from gptdist.tasks.task import Task
 
@@ -24,6 +28,13 @@ class FineTune(Task):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self.origin = find_origin(config)
+        self._given = config.given  # a configuration that is resolved has lost it
+        self._notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Have a line about data or model printed when the run starts; "" says nothing."""
+        if text:
+            self._notes.append(text)
 
     def start(self, texts: Callable[[], Iterable[str]]) -> None:
         """Settle the model's configuration and the tokenizer: those of the checkpoint that the run starts from.
@@ -38,12 +49,37 @@ class FineTune(Task):
             model = model_of(self.config, self.origin)
         self.config = dataclasses.replace(self.config, model=model)
 
+    def chosen_template(self) -> Template:
+        """instruct.template if it was given, else what the starting model was fine-tuned with, else the default."""
+        stored = stored_template(self.origin) if self.origin else None
+        if stored is not None and "instruct.template" not in self._given:
+            return stored
+        template = load_template(self.config.instruct.template)
+        if stored is not None and template != stored:
+            self.note(f"instruct.template={self.config.instruct.template} is used as given, though {self.origin} was "
+                      f"fine-tuned with {stored.name}")
+        return template
+
+    def check_base(self, checkpoint: Path) -> None:
+        """A classifier's weights have no next-word head. (Classify, which can go on from one, has its own check.)"""
+        if read_config(checkpoint).task.name == "classify":
+            raise UserError(f"{checkpoint} is a classifier, which writes no text: start task.name="
+                            f"{self.config.task.name} from a model that does, such as the one it was trained from")
+
     def may_be_fresh(self, key: str) -> bool:
         """Whether the tensor of this key need not be in checkpoint.init_from: a head or adapters begin untrained."""
         return "lora_" in key
 
     def load_base(self, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         load_weights(checkpoint, tensors, allow_missing=self.may_be_fresh)
+
+    def started(self, strategy: Strategy) -> None:
+        for text in self._notes:
+            self.console.print(text)
+
+    @property
+    def console(self) -> Console:
+        return Console(quiet=not self.world.is_main, highlight=False, soft_wrap=True)
 
 
 def find_origin(config: Config) -> Path | None:

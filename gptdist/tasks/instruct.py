@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from gptdist.checkpoint.grow import load_grown
 from gptdist.config import Config
 from gptdist.data.answers import Encoded, encode_conversations, pack, packed_row, row_of
 from gptdist.data.examples import Example, ExampleSource, eval_batches, pad_multiple
-from gptdist.data.instructions import Conversation, read_conversations
+from gptdist.data.instructions import Conversation, read_conversations, split_by_hash
 from gptdist.data.loader import IGNORED, Batch
 from gptdist.data.questions import python_questions
-from gptdist.data.templates import encode, load_template
+from gptdist.data.templates import encode
 from gptdist.data.tokenizer import Tokenizer, extend
 from gptdist.errors import UserError
 from gptdist.evaluate.text_metrics import exact_match, rouge_l, score_texts
@@ -45,8 +44,10 @@ class Instruct(FineTune):
         super().__init__(config, world)
         if config.task.test_data:
             raise UserError("task.test_data is not for task.name=instruct, which measures on task.val_data: use that")
-        self.template = load_template(config.instruct.template)
-        train, val, self._notes = read_data(config)
+        self.template = self.chosen_template()
+        train, val, notes = read_data(config)
+        for text in notes:
+            self.note(text)
         self.start(lambda: (turn.text for c in train for turn in c.turns))
         self._add_specials()
         encoded = self._encode(train, self.data_name)
@@ -78,21 +79,26 @@ class Instruct(FineTune):
         if added:
             size = max(model.vocab_size, self.tokenizer.vocab_size)
             self.config = dataclasses.replace(self.config, model=dataclasses.replace(model, vocab_size=size))
-            self._notes.append(f"{added} special tokens of the template {self.template.name} added to the vocabulary")
-            if self.config.lora.rank > 0 or self.config.task.freeze != "none":
-                self._notes.append(f"their embeddings are frozen with the others ({self._freezer()}) and learn "
-                                   f"nothing: instruct.template=alpaca needs none")
+            self.note(f"{added} special tokens of the template {self.template.name} added to the vocabulary")
+            self.note(self._frozen_note())
 
-    def _freezer(self) -> str:
-        rank = self.config.lora.rank
-        return f"lora.rank={rank}" if rank > 0 else f"task.freeze={self.config.task.freeze}"
+    def _frozen_note(self) -> str:
+        """What the new tokens cannot learn; "" if nothing is in their way. A tied head is the embedding."""
+        model, rank = self.build(), self.config.lora.rank
+        if model.wte.weight.requires_grad:
+            return ""
+        freezer = f"lora.rank={rank}" if rank > 0 else f"task.freeze={self.config.task.freeze}"
+        frozen = f"their embeddings are frozen with the others ({freezer}) and learn nothing"
+        if model.head_weight.requires_grad:
+            return f"{frozen}; their rows of the head are trained: instruct.template=alpaca needs neither"
+        return f"{frozen}: instruct.template=alpaca needs none"
 
     def _encode(self, conversations: Sequence[Conversation], where: str) -> Encoded:
         encoded = encode_conversations(
             conversations, self.template, self.tokenizer, context=self.config.model.context,
             mask_prompt=self.config.instruct.mask_prompt, where=where)
-        if encoded.note():
-            self._notes.append(f"{where}: {encoded.note()}")
+        if text := encoded.note():
+            self.note(f"{where}: {text}")
         return encoded
 
     def _rows(self, encoded: Encoded) -> list[Example]:
@@ -102,7 +108,7 @@ class Instruct(FineTune):
         context = self.config.model.context
         rows = pack(encoded.items, context)
         share = sum(item.length for item in encoded.items) / (len(rows) * context)
-        self._notes.append(f"{len(encoded.items)} conversations packed in {len(rows)} rows of model.context={context}, "
+        self.note(f"{len(encoded.items)} conversations packed in {len(rows)} rows of model.context={context}, "
                            f"{1 - share:.1%} of which is padding")
         return [packed_row([encoded.items[i] for i in row]) for row in rows]
 
@@ -131,9 +137,8 @@ class Instruct(FineTune):
                         **packed).sum()
 
     def started(self, strategy: Strategy) -> None:
-        console = Console(quiet=not self.world.is_main, highlight=False, soft_wrap=True)
-        for note in self._notes:
-            console.print(note)
+        super().started(strategy)
+        console = self.console
         if self.world.is_main:
             drop_rows_after(self._samples_path, self.step)
         if not self.val:
@@ -224,27 +229,27 @@ class Instruct(FineTune):
 def read_data(config: Config) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """(training, validation conversations, notes about what was left out)."""
     task, format = config.task, config.instruct.format
+    notes = []
+
+    def read(path: str) -> list[Conversation]:
+        found = read_conversations(path, format)
+        notes.append(found.note())
+        return found.items
+
     if not task.train_data:
         train, val = python_questions()
-        if task.val_data:
-            val = read_conversations(task.val_data, format).items
-        return train, val, []
-    found = [read_conversations(task.train_data, format)]
-    if task.val_data:
-        found.append(read_conversations(task.val_data, format))
-        train, val = found[0].items, found[1].items
+    elif task.val_data:
+        train, val = read(task.train_data), []
     else:
-        train, val = split(found[0].items, task.val_fraction)
-    return train, val, [note for part in found if (note := part.note())]
+        train, val = split(read(task.train_data), task.val_fraction)
+    if task.val_data:
+        val = read(task.val_data)
+    return train, val, [note for note in notes if note]
 
 
 def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
     """(training, validation) by a hash of each conversation: equal ones meet on one side, wherever they stand."""
-    sides: tuple[list, list] = [], []
-    for conversation in conversations:
-        digest = hashlib.blake2b(repr(conversation).encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "little") < val_fraction * 2**64].append(conversation)
-    return sides
+    return split_by_hash(conversations, val_fraction, key=repr)
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:
