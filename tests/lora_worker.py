@@ -8,7 +8,7 @@ STEPS = 5
 # 11 sequences (5 pairs) a step: no even shares, several micro-batches, clipping.
 COMMON = [f"--train.steps={STEPS}", "--schedule.warmup_steps=0", "--lora.alpha=8"]
 LORA = [*COMMON, "--optim.lr=1e-2", "--lora.rank=4", "--lora.split_qkv=true", "--eval.every=0"]
-DPO = [*COMMON, "--optim.lr=3e-3", "--task.name=dpo", "--train.batch=5", "--train.micro_batch=2",
+DPO = [*COMMON, "--optim.lr=1e-3", "--task.name=dpo", "--train.batch=5", "--train.micro_batch=2",
        "--task.val_fraction=0.25", "--instruct.template={prompt}={answer}", "--eval.every=4"]
 DROPOUT = ["--model.dropout=0.1", "--lora.dropout=0.2"]
 # Single-process reference -> its overrides; case -> (reference, further overrides).
