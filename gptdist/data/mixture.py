@@ -115,7 +115,7 @@ class MixtureSource(WindowSource):
 
     def __init__(self, datasets: Sequence[TokenDataset], phases: Sequence[Phase], *, context: int, seed: int,
                  shuffle: bool = True, **options):
-        """phases: their counts are of `datasets`, in an order that does not hang on that of a file. options: as `WindowSource` has them."""
+        """phases: their counts are of `datasets`. options: as `WindowSource` has them."""
         super().__init__(context=context, has_mask=any(one.has_stream("loss_mask") for one in datasets),
                          eot_of=datasets[0], **options)
         self.datasets = list(datasets)
