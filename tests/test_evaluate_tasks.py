@@ -387,6 +387,17 @@ def test_items_that_the_tokenizer_lacks_are_left_out_and_tasks_come_after_the_sa
             run_task(scorer, task, Options())
 
 
+@pytest.mark.parametrize(("words", "name"), [
+    (["--tasks", "stdlib", "--lm-eval", "x"], "--tasks"), (["--lm-eval", "x", "--skip-bad"], "--skip-bad"),
+    (["--lm-eval", "x", "--max-new-tokens", "5"], "--max-new-tokens"), (["--tasks", "stdlib", "--bigram"], "--bigram"),
+    (["--shots", "1"], "--shots"), (["--limit", "-1"], "--limit"), (["--lm-eval", "x", "--shots", "-1"], "--shots")])
+def test_options_without_effect_are_refused(checkpoint, words, name, capsys):
+    assert main(["evaluate", str(checkpoint), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"gptdist evaluate: {name} ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
 def test_a_model_trained_with_muon_is_evaluated_under_every_strategy(strategy, tmp_path):
     config = tiny_config(tmp_path, tmp_path, "--optim.name=muon")

@@ -135,7 +135,9 @@ class Asked:
         except UserError as error:
             return f"{item.where}: {error}"
         context = self.scorer.model.context
-        return f"{item.where}: an answer has {longest} tokens, the model's context {context}" if longest > context else None
+        if longest > context:
+            return f"{item.where}: an answer has {longest} tokens, the model's context {context}"
+        return None
 
     def choices(self, item: Item) -> Sequence[str]:
         """The texts whose log-likelihoods are wanted after the prompt; none of a kind whose answers are generated."""
