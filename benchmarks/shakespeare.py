@@ -129,7 +129,8 @@ def main() -> int:
     text = "\n".join(["# Time to a loss: Tiny Shakespeare, characters", "",
                       f"{describe('benchmarks.shakespeare')}.", "", *table(results, RECIPES), "",
                       "nanoGPT, the CPU recipe of its README (4 layers, width 128, context 64, 2000 steps of batch "
-                      "12), measured on 2 cores of another machine (Zen 5): 113 s, 1.898 on the whole validation part.", ""])
+                      "12), measured on 2 cores of another machine (Zen 5): 113 s, 1.898 on the whole "
+                      "validation part.", ""])
     if args.output:
         args.output.write_text(text)
     missed = [name for name in args.only if results[name][1].seconds > RECIPES[name].target_s
