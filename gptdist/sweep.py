@@ -24,15 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from gptdist import config as config_module
 from gptdist.config import Config, to_dict
+from gptdist.data.prepare import prepare_input
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import EXIT_REQUEUE, UserError
 from gptdist.metrics import flops_per_token, read_rows
 from gptdist.model import parameter_count
+from gptdist.parallel.host import has_bf16
 
 ALPHAS = np.geomspace(0.01, 3.0, 400)
 FEWEST = 3  # sizes: the curve has three parameters
@@ -158,12 +161,20 @@ def run_sweep(path: str, overrides: list[str], *, output: Path, sizes: Sequence[
 
 
 def _resolved(path: str, overrides: list[str]) -> Config:
-    """The configuration that all sizes share, its vocabulary known."""
+    """The configuration that all sizes share, its data prepared, vocabulary and precision known."""
     config = config_module.load(path, overrides)
     if config.is_finetuning:
         raise UserError(f"{path} has task.name={config.task.name}: a sweep pretrains")
-    vocab = config.model.vocab_size or Tokenizer.load(Path(config.data.path) / "tokenizer").vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
+    data = config.data
+    if kind := next((kind for kind in ("epochs", "from_step") for entry in data.mixture if kind in entry), None):
+        raise UserError(f"data.mixture has {kind}, but a sweep gives every size its own tokens: use weights alone")
+    if data.input:
+        prepare_input(data)
+    path = Path(data.mixture[0]["path"] if data.mixture else data.path)
+    vocab = config.model.vocab_size or Tokenizer.load(path / "tokenizer").vocab_size
+    on_gpu = config.parallel.device != "cpu" and torch.cuda.is_available()
+    train = config.train.resolved(has_bf16(torch.device("cuda" if on_gpu else "cpu")))
+    return dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, vocab_size=vocab))
 
 
 def _relevant(config: Config) -> dict[str, Any]:
@@ -207,8 +218,9 @@ def _train(path: str, overrides: list[str], config: Config, size: Size, output: 
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [*launcher, "gptdist", "train", path, *overrides, f"--model.width={size.width}",
-               f"--model.n_layers={size.n_layers}", f"--model.n_heads={size.n_heads}", f"--train.steps={size.steps}",
-               "--train.epochs=0", "--train.stop_at=0", f"--schedule.warmup_steps={warmup}", "--eval.tokens=0",
+               f"--model.n_layers={size.n_layers}", f"--model.n_heads={size.n_heads}", "--model.n_kv_heads=null",
+               f"--train.steps={size.steps}", "--train.epochs=0", "--train.stop_at=0",
+               f"--schedule.warmup_steps={warmup}", "--eval.tokens=0",
                f"--run.dir={run}"]
     console.print(f"{size.name}: {size.parameters:,} parameters, {size.tokens:,} tokens in {size.steps} steps; "
                   f"log: {log}")
@@ -225,7 +237,7 @@ def _train(path: str, overrides: list[str], config: Config, size: Size, output: 
     losses = [row["val_loss"] for row in read_rows(run / "metrics.jsonl")
               if row["kind"] == "eval" and row["step"] == size.steps]
     if not losses:
-        raise UserError(f"{run} has no validation loss of step {size.steps}: does {config.data.path} have a val/?")
+        raise UserError(f"{run} has no validation loss of step {size.steps}: does the data have a val/?")
     if losses[-1] is None:
         raise UserError(f"{run} ends with a validation loss that is not finite: lower optim.lr")
     record["runs"][size.name] = dataclasses.asdict(size) | {"loss": losses[-1]}

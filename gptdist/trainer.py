@@ -337,11 +337,11 @@ class Trainer:
         is_best = False
         if last or (config.eval.every and step % config.eval.every == 0):
             is_best = self._evaluate()
-        if self.tasks and (last or (config.eval.tasks_every and step % config.eval.tasks_every == 0)):
-            self._run_tasks()
         due = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
         if due or (is_best and config.checkpoint.keep_best):
             self.save(background=config.checkpoint.asynchronous and not (last or stopping))
+        if self.tasks and (last or (config.eval.tasks_every and step % config.eval.tasks_every == 0)):
+            self._run_tasks()
 
     def _evaluate(self) -> bool:
         """Validation loss into state, all that the task measures into metrics; True if that loss is the lowest yet."""

@@ -182,6 +182,20 @@ def test_training_on_a_mixture_resumes_exactly_and_may_change_it_ahead(prepared,
     assert evaluations[0]["val_loss_one"] != evaluations[0]["val_loss_two"]
 
 
+def test_the_order_of_the_entries_changes_nothing(prepared, tmp_path):
+    entries = [("one", 0.7), ("two", 0.3), ("one", 0.2, 3), ("two", 0.8, 3)]
+    whole = train(prepared, tmp_path / "whole", mixture(prepared, *entries), steps=6)
+    train(prepared, tmp_path / "parts", mixture(prepared, *entries[:2]), "--train.stop_at=2", steps=6)
+    rows = train(prepared, tmp_path / "parts", mixture(prepared, *entries[::-1]), steps=6)
+    assert [row["data_hash"] for row in rows] == [row["data_hash"] for row in whole]
+    assert len(rows) == 6
+    for suffix in ("train", "tokenizer"):
+        (tmp_path / "same").mkdir(exist_ok=True)
+        (tmp_path / "same" / suffix).symlink_to(prepared / "one" / suffix)
+    with pytest.raises(UserError, match=r"one and .*same hold the same tokens: leave one of them out"):
+        train(prepared, tmp_path / "c", mixture(prepared, ("one", 1), (tmp_path / "same", 1)))
+
+
 def test_a_plain_run_may_turn_into_a_mixture_and_validation_sets_have_names(prepared, tmp_path):
     run_tiny(prepared / "one", tmp_path / "run", "--schedule.warmup_steps=0", "--train.steps=4", "--train.stop_at=2")
     rows = train(prepared, tmp_path / "run", mixture(prepared, ("one", 1), ("two", 1, 3)), "--data.validation="

@@ -1,5 +1,6 @@
 """`prepare` goes on after a kill and makes the same dataset; its report and page; its YAML."""
 
+import functools
 import json
 import os
 import signal
@@ -19,8 +20,9 @@ from tests.test_data_prepare import sentences, shards_of, write_jsonl
 FILTERS = {"rules": ["words_min=8", "top_2_gram_max=0.6"], "near_dedup": 0.8, "scrub": ["email"], "skip_bad": True}
 # A process that is killed at its n-th batch, as the power might go.
 KILLED = """
-import json, os, signal, sys
+import functools, json, os, signal, sys
 from gptdist.data import prepare
+prepare.SeenDigests = functools.partial(prepare.SeenDigests, max_in_memory=50)
 prepare._BATCH_CHARS, prepare._SAVE_CHARS = 2000, 6000
 n = 0
 def progress(state):
@@ -36,6 +38,8 @@ prepare.prepare(prepare.PrepareConfig(**json.loads(sys.argv[1])), progress)
 def small_steps(monkeypatch):
     monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 2000)
     monkeypatch.setattr(prepare_module, "_SAVE_CHARS", 6000)
+    monkeypatch.setattr(prepare_module, "SeenDigests",
+                        functools.partial(prepare_module.SeenDigests, max_in_memory=50))
 
 
 def write_inputs(tmp_path):
@@ -77,6 +81,7 @@ def test_goes_on_after_kills_byte_for_byte(tmp_path, small_steps):
     for batch in (30, 12):  # the second in the process that went on
         kill_at(config, batch)
         assert (tmp_path / "killed.partial" / "state.json").exists()
+        assert (tmp_path / "killed.partial" / "seen-digests.sqlite").exists()
         assert not (tmp_path / "killed").exists()
     report = prepare(PrepareConfig(**config))
     assert report["resumed"] == 2

@@ -6,14 +6,16 @@ import math
 import pytest
 import torch
 
+from gptdist import trainer
 from gptdist.checkpoint.layout import latest
 from gptdist.checkpoint.restore import load_model
 from gptdist.cli import main
+from gptdist.data.prepare import PrepareConfig, prepare
 from gptdist.errors import UserError
 from gptdist.evaluate.calibration import calibration
 from gptdist.evaluate.embedded_sets import SETS, embedded_set
 from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
-from gptdist.evaluate.scorer import Request, Score, open_scorer
+from gptdist.evaluate.scorer import Request, Score, evaluation_config, open_scorer
 from gptdist.evaluate.suite import Options, open_tasks, rolling, run_task
 from gptdist.evaluate.text_metrics import bleu, token_f1
 from gptdist.metrics import read_rows
@@ -357,3 +359,46 @@ def test_a_task_that_is_not_there_fails_before_the_first_step(dataset, tmp_path)
     with pytest.raises(UserError, match=r"no item is left to score: .*long\.jsonl line 1: an answer has 41 tokens"):
         run_tiny(dataset, tmp_path / "run", f"--eval.tasks=[{tmp_path / 'long.jsonl'}]")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_items_that_the_tokenizer_lacks_are_left_out_and_tasks_come_after_the_save(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 100)
+    prepare(PrepareConfig(inputs=[str(tmp_path / "text.txt")], output=str(tmp_path / "data"), tokenizer="char",
+                          split="tail", workers=1))
+    records = [{"ctx": "the cat", "endings": ["sat", "on"], "label": 0},
+               {"ctx": "Ünd", "endings": ["sat", "on"], "label": 0},
+               {"ctx": "the", "endings": ["mat", "ZZ"], "label": 0}]
+    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "text.jsonl").write_text('{"text": "the mat"}\n{"text": "THE"}\n')
+    named = [f"{kind}={tmp_path / f'{kind}.jsonl'}" for kind in ("choice", "text")]
+    saved = []
+    monkeypatch.setattr(trainer.Trainer, "_run_tasks", lambda self, run=trainer.Trainer._run_tasks: (
+        saved.append((self.run_dir / "checkpoints").exists()), run(self)))
+    run_tiny(tmp_path / "data", tmp_path / "run", "--train.stop_at=2", "--eval.tokens=0",
+             f"--eval.tasks={json.dumps(named)}")
+    assert saved == [True]
+    assert [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "tasks"]
+    scorer = open_scorer(latest(tmp_path / "run" / "checkpoints"))
+    choice, text = open_tasks(named)
+    for task, skipped, line in ((choice, 2, 2), (text, 1, 2)):
+        result = run_task(scorer, task, Options(skip_bad=True))
+        assert (result["skipped"], result["n"]) == (skipped, 1)
+        with pytest.raises(UserError, match=rf"{task.name}\.jsonl line {line}: character .* remove the item, or count"):
+            run_task(scorer, task, Options())
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    (["--tasks", "stdlib", "--lm-eval", "x"], "--tasks"), (["--lm-eval", "x", "--skip-bad"], "--skip-bad"),
+    (["--lm-eval", "x", "--max-new-tokens", "5"], "--max-new-tokens"), (["--tasks", "stdlib", "--bigram"], "--bigram"),
+    (["--shots", "1"], "--shots"), (["--limit", "-1"], "--limit"), (["--lm-eval", "x", "--shots", "-1"], "--shots")])
+def test_options_without_effect_are_refused(checkpoint, words, name, capsys):
+    assert main(["evaluate", str(checkpoint), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"gptdist evaluate: {name} ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+def test_a_model_trained_with_muon_is_evaluated_under_every_strategy(strategy, tmp_path):
+    config = tiny_config(tmp_path, tmp_path, "--optim.name=muon")
+    assert evaluation_config(config, strategy, "fp32").parallel.strategy == strategy

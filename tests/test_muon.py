@@ -1,5 +1,6 @@
 """Muon in one process, against float64 and singular values; test_parallel.py has it in several."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from tests.test_shadows import assert_fresh, prepared, step
 
 MODEL = ModelConfig(context=16, width=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=29)
 OPTIM = OptimConfig(name="muon", lr=3e-3, muon_lr=0.03, weight_decay=0.2, momentum=0.9)
+FP32 = TrainConfig(precision="fp32")
 
 
 def polynomial(s, steps):
@@ -86,7 +88,7 @@ def parameters(dtype=torch.float32):
 def test_steps_are_those_of_float64_by_singular_values(dtype, nesterov):
     optim = OptimConfig(**{**OPTIM.__dict__, "nesterov": nesterov})
     named = parameters(dtype)
-    optimizer = build_muon(named, Config(model=MODEL, optim=optim, train=TrainConfig(precision="fp32")))
+    optimizer = build_muon(named, Config(model=MODEL, optim=optim, train=FP32))
     optimizer.dtype = dtype
     weights = {name: p.detach().double().clone() for name, p in named}
     buffers = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -110,10 +112,10 @@ def test_steps_are_those_of_float64_by_singular_values(dtype, nesterov):
 
 
 def test_all_else_takes_adamws_steps():
-    config = Config(model=MODEL, optim=OPTIM)
+    config = Config(model=MODEL, optim=OPTIM, train=FP32)
     ours, theirs = parameters(), parameters()
     adamw = OptimConfig(lr=OPTIM.lr, weight_decay=OPTIM.weight_decay)
-    optimizers = build_optimizer(ours, config), build_optimizer(theirs, Config(model=MODEL, optim=adamw))
+    optimizers = build_optimizer(ours, config), build_optimizer(theirs, Config(model=MODEL, optim=adamw, train=FP32))
     for named, optimizer in zip((ours, theirs), optimizers, strict=True):
         generator = torch.Generator().manual_seed(2)
         for _, p in named:
@@ -126,13 +128,13 @@ def test_all_else_takes_adamws_steps():
 
 def matrices_of(config):
     named = [(name, p) for name, p in build(config).named_parameters() if p.requires_grad]
-    optimizer = build_optimizer(named, config)
+    optimizer = build_optimizer(named, dataclasses.replace(config, train=FP32))
     assert isinstance(optimizer, Muon)
     return {name for name, p in named if optimizer.slot_names(p) == ("momentum_buffer",)}, {name for name, _ in named}
 
 
 def test_only_matrices_that_train_are_muons():
-    lora = Config(model=MODEL, optim=OPTIM, lora=LoRAConfig(rank=2, split_qkv=True))
+    lora = Config(model=MODEL, optim=OPTIM, train=FP32, lora=LoRAConfig(rank=2, split_qkv=True))
     taken, trained = matrices_of(lora)
     assert taken == trained == {name for name in trained if name.endswith(("lora_A", "lora_B"))}
     frozen = Config(model=MODEL, optim=OPTIM, task=TaskConfig(name="instruct", freeze="last:1"))
@@ -144,7 +146,7 @@ def test_only_matrices_that_train_are_muons():
 
 
 def test_adapters_of_queries_keys_and_values_are_matrices_of_their_own():
-    config = Config(model=MODEL, optim=OPTIM, lora=LoRAConfig(rank=2, split_qkv=True))
+    config = Config(model=MODEL, optim=OPTIM, train=FP32, lora=LoRAConfig(rank=2, split_qkv=True))
     model = build(config).to_empty(device="cpu")
     fill_initial_values(model, seed=1)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -137,3 +137,26 @@ def test_a_size_that_fails_is_named(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "run", fail)
     with pytest.raises(UserError, match=r"size 8x1 ended with exit code 2: gptdist train: no room \(see .*8x1\.log"):
         sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
+
+
+def test_a_sweep_takes_mixtures_and_prepares_its_text(dataset, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    common = {name: value for name, value in TINY.items() if name != "data"} | {"eval": {"every": 0}}
+    common["model"] = common["model"] | {"n_kv_heads": 1}
+    commands = []
+    trained = Trained()
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **more: (commands.append(command),
+                                                                          trained(command, **more))[1])
+    text = {"path": str(tmp_path / "prepared"), "input": str(tmp_path / "text.txt"), "tokenizer": "bytes"}
+    for name, data in (("a", text), ("b", {"mixture": [{"path": str(dataset), "weight": 1}]})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(common | {"data": data}))
+        code, record = sweep.run_sweep(str(tmp_path / f"{name}.yaml"), [], output=tmp_path / name, tokens=1000,
+                                       sizes=["8x1", "16x1", "24x1"])
+        assert code == 0
+        assert record["settings"]["config"]["train"]["precision"] in ("fp32", "bf16")
+    assert (tmp_path / "prepared" / "train").is_dir()
+    assert all("--model.n_kv_heads=null" in command for command in commands)
+    for more in ("epochs: 1", "weight: 1}, {path: x, weight: 1, from_step: 3"):
+        override = f"--data.mixture=[{{path: {dataset}, {more}}}]"
+        with pytest.raises(UserError, match="but a sweep gives every size its own tokens"):
+            sweep.run_sweep(str(tmp_path / "b.yaml"), [override], output=tmp_path / "c", sizes=["8x1"], tokens=1)

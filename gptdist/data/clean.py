@@ -104,6 +104,7 @@ class SeenDigests:
         return self._directory / "seen-digests.sqlite"
 
     def _spill(self) -> None:
+        self._path.unlink(missing_ok=True)  # what a kill left: a run that goes on has its digests from the log
         database = sqlite3.connect(self._path, isolation_level=None)
         # The file is scratch: no journal and no syncing, because nothing reads it after a crash.
         database.execute("PRAGMA journal_mode = OFF")

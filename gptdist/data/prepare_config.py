@@ -43,9 +43,9 @@ class PrepareConfig:
     val_fraction: float = 0.05
     """Share held out for validation, [0, 1); 0 makes no val/."""
     split: str = "documents"
-    """documents: as data/split.py holds them out. tail: the input is one text, in memory, unfiltered, with nothing
-    between documents and no <|endoftext|>; its first int((1 - val_fraction) n) of n characters train, the rest is held
-    out."""
+    """documents: as data/split.py holds them out. tail: the input is one text, in memory, only control characters
+    removed and NFC applied, with nothing between documents and no <|endoftext|>; its first int((1 - val_fraction) n) of
+    n characters train, the rest is held out."""
     normalize: bool = True
     """Apply Unicode NFC."""
     min_chars: int = 1

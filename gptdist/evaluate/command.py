@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.restore import read_config
-from gptdist.errors import EXIT_DONE, ActionableError
+from gptdist.errors import EXIT_DONE, ActionableError, UserError
 from gptdist.evaluate import classification
 from gptdist.evaluate.calibration import print_reliability
 from gptdist.evaluate.scorer import open_scorer, open_world
@@ -42,7 +42,9 @@ def evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) ->
 def _evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) -> int:
     checkpoint = Ranks(None).on_coordinator(find)
     how = dict(strategy=args.strategy, device=device, precision=args.precision, verify=args.verify)
-    if Ranks(None).on_coordinator(lambda: read_config(checkpoint)).task.name == "classify":
+    is_classifier = Ranks(None).on_coordinator(lambda: read_config(checkpoint)).task.name == "classify"
+    Ranks(None).on_all(lambda: _refuse_ignored(args, is_classifier))
+    if is_classifier:
         from gptdist.evaluate.classifier import evaluate_classifier
 
         return _show(args, checkpoint, evaluate_classifier(checkpoint, args.tasks or (), **how))
@@ -56,6 +58,26 @@ def _evaluate(args: argparse.Namespace, find: Callable[[], Path], device: str) -
     if env_rank() == 0:
         _show_held_out(args, result)
     return EXIT_DONE
+
+
+def _refuse_ignored(args: argparse.Namespace, is_classifier: bool) -> None:
+    """Raise UserError for an option that this evaluation would not look at."""
+    for name in ("limit", "shots"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} is {getattr(args, name)}, expected at least 0")
+    given = {"--tasks": args.tasks, "--lm-eval": args.lm_eval, "--include-path": args.include_path,
+             "--shots": args.shots, "--template": args.template, "--limit": args.limit,
+             "--max-new-tokens": args.max_new_tokens != Options().max_new_tokens, "--skip-bad": args.skip_bad,
+             "--data": args.data, "--bigram": args.bigram}
+    what, used = "a classifier", {"--tasks"}
+    if not is_classifier and args.lm_eval:
+        what, used = "--lm-eval", {"--lm-eval", "--include-path", "--shots", "--limit"}
+    elif not is_classifier and args.tasks:
+        what, used = "--tasks", {"--tasks", "--shots", "--template", "--limit", "--max-new-tokens", "--skip-bad"}
+    elif not is_classifier:
+        what, used = "the held-out loss", {"--data", "--bigram"}
+    if ignored := next((name for name, value in given.items() if value and name not in used), None):
+        raise UserError(f"{ignored} has no effect on the evaluation of {what}: leave it out")
 
 
 def _run_tasks(args: argparse.Namespace, checkpoint: Path, how: dict[str, Any]) -> list[dict[str, Any]]:

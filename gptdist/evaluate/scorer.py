@@ -16,7 +16,7 @@ from torch import Tensor
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.restore import load_weights, read_config, refuse_classifier
-from gptdist.config import Config, LoRAConfig, ParallelConfig
+from gptdist.config import Config, LoRAConfig, OptimConfig, ParallelConfig
 from gptdist.data.examples import WIDTH_MULTIPLE
 from gptdist.data.loader import IGNORED
 from gptdist.data.tokenizer import Tokenizer
@@ -200,7 +200,8 @@ def open_world(strategy: str, device: str) -> World:
 def evaluation_config(config: Config, strategy: str, precision: str) -> Config:
     """A run's configuration without what matters in training alone; adapters are merged into the weights."""
     train = dataclasses.replace(config.train, precision=precision, compile=False, activation_checkpointing="none")
-    return dataclasses.replace(config, train=train, lora=LoRAConfig(), parallel=ParallelConfig(strategy=strategy))
+    return dataclasses.replace(config, train=train, optim=OptimConfig(), lora=LoRAConfig(),
+                               parallel=ParallelConfig(strategy=strategy))
 
 
 def _read(checkpoint: Path) -> tuple[Config, Tokenizer]:

@@ -97,8 +97,9 @@ def run_task(scorer: Scorer, task: TaskSet, options: Options) -> dict[str, Any]:
 class Asked:
     """A set's items in their prompts, in tokens.
 
-    Raises UserError for a set that is too small, and for an item one of whose answers is longer than the context, with
-    its file and line; with options.skip_bad such items are counted, and one has to be left.
+    Raises UserError for a set that is too small, and for an item that the tokenizer cannot encode or one of whose
+    answers is longer than the context, with its file and line; with options.skip_bad such items are counted, and one
+    has to be left.
     """
 
     def __init__(self, scorer: Scorer, task: TaskSet, options: Options):
@@ -118,15 +119,25 @@ class Asked:
             raise UserError(f"{task.name}: no item is left to score: {self.first_skipped}")
 
     def _fits(self, item: Item) -> bool:
-        context = self.scorer.model.context
-        longest = max((len(self.encode(self.after(item, text))) for text in self.choices(item)), default=0)
-        if longest <= context:
+        fault = self._fault(item)
+        if fault is None:
             return True
-        fault = f"{item.where}: an answer has {longest} tokens, the model's context {context}"
         if not self.options.skip_bad:
             raise UserError(f"{fault}; remove the item, or count such ones with --skip-bad")
         self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or fault
         return False
+
+    def _fault(self, item: Item) -> str | None:
+        """Why an item cannot be asked: a text that the tokenizer does not have, or an answer that is too long."""
+        try:
+            self.encode(self.prompt(item))
+            longest = max((len(self.encode(self.after(item, text))) for text in self.choices(item)), default=0)
+        except UserError as error:
+            return f"{item.where}: {error}"
+        context = self.scorer.model.context
+        if longest > context:
+            return f"{item.where}: an answer has {longest} tokens, the model's context {context}"
+        return None
 
     def choices(self, item: Item) -> Sequence[str]:
         """The texts whose log-likelihoods are wanted after the prompt; none of a kind whose answers are generated."""

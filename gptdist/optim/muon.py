@@ -124,6 +124,7 @@ def on_one_rank_each(parts: list[Tensor], work: list[tuple[torch.Size, Callable[
 
 def build_muon(parameters: list[tuple[str, nn.Parameter]], config: Config) -> Muon:
     """Muon for the blocks' matrices among `parameters`, AdamW for the others. config: its precision is decided."""
+    assert config.train.precision != "auto", "the precision is resolved before an optimizer is built"
     optim, matrices = config.optim, {}
     for name, p in parameters:
         if name.startswith("blocks.") and p.dim() == 2:

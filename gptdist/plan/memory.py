@@ -2,7 +2,7 @@
 
     weights       masters or their shards; working copies in the compute precision
     gradients     what accumulates over a step's micro-batches
-    optimizer     AdamW's two moments
+    optimizer     AdamW's two moments, Muon's momentum
     activations   what the backward needs, with the configuration's recomputation, and a block's own gradients
     logits        one chunk of them, the gradients of hidden states and of the head's weight (ops/cross_entropy.py)
     gathered      weights that FSDP or ZeRO-3 has put together, unsharded gradients
@@ -30,7 +30,7 @@ INITIAL_VALUES = 1 << 22  # drawn at a time: parallel/init.py
 PROCESS_BYTES = {"cuda": 0.0, "cpu": 45e6}  # CUDA's context: see devices.py
 FRAGMENTATION = 0.05  # of what a GPU's step allocates and frees
 MEASURED = "single and fsdp on a CPU, fp32, no recomputation: one run of each, 2 and 6% off"
-NOT_MEASURED = "ddp, hsdp, zero1 to zero3, tensor parallelism, bf16, recomputation, offload, any GPU"
+NOT_MEASURED = "ddp, hsdp, zero1 to zero3, tensor parallelism, bf16, recomputation, offload, Muon, any GPU"
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,23 @@ class _Sizes:
     def shards(self) -> int:
         return self.layout.shards
 
+    def moments(self) -> float:
+        """AdamW has two of each parameter, Muon a momentum alone of the blocks' matrices."""
+        muon = self.config.optim.name == "muon"
+        return 8 * self.n.total - (4 * self.config.model.n_layers * self.n.block_matrices if muon else 0)
+
     def persistent(self) -> dict[str, float]:
         n, d, parallel = self.n, self.shards, self.config.parallel
         if self.strategy in ("single", "ddp"):
             shadows = 2 * n.products if self.bf16 else 0
-            return {"weights": 4 * n.total + shadows, "optimizer": 8 * n.total}
+            return {"weights": 4 * n.total + shadows, "optimizer": self.moments()}
         if self.strategy in ("fsdp", "hsdp"):
-            return {"weights": 4 * n.total / d, "optimizer": 8 * n.total / d}
+            return {"weights": 4 * n.total / d, "optimizer": self.moments() / d}
         on_device = 0 if parallel.offload_optimizer and not self.on_cpu else 1
         working = self.a * n.total / (d if self.strategy == "zero3" else 1)
         if parallel.offload_parameters and not self.on_cpu:
             working = 0.0
-        return {"weights": working + on_device * 4 * n.total / d, "optimizer": on_device * 8 * n.total / d}
+        return {"weights": working + on_device * 4 * n.total / d, "optimizer": on_device * self.moments() / d}
 
     def gradients(self) -> float:
         """Accumulated over micro-batches, at their most."""
@@ -174,7 +179,9 @@ def memory_of(config: Config, layout: Layout, step: Step, device: Device) -> Mem
 
 def _measured(s: _Sizes) -> bool:
     plain = not s.bf16 and s.layout.tensor == 1 and not s.config.train.checkpoint_every_block
-    return s.on_cpu and s.strategy in ("single", "fsdp") and plain
+    # All parameters are taken to be trained: of adapters and frozen blocks this is a bound from above.
+    usual = s.config.optim.name == "adamw" and not s.config.lora.rank and s.config.task.freeze == "none"
+    return s.on_cpu and s.strategy in ("single", "fsdp") and plain and usual
 
 
 def _moments(s: _Sizes) -> list[dict[str, float]]:

@@ -62,15 +62,17 @@ class Plan:
     def tokens_per_s(self) -> float | None:
         return None if self.time is None else self.step.target_tokens / self.time.total
 
-    def cost(self, tokens: float) -> float | None:
+    def cost(self, tokens: float | None) -> float | None:
         """Of training on so many tokens, in the price's currency."""
-        if self.price is None or self.tokens_per_s is None:
+        if tokens is None or self.price is None or self.tokens_per_s is None:
             return None
         return tokens / self.tokens_per_s / 3600 * self.layout.size * self.price
 
     @property
-    def run_tokens(self) -> int:
-        """Of the whole run that the configuration describes (train.steps)."""
+    def run_tokens(self) -> int | None:
+        """Of the whole run that the configuration describes (train.steps); None where the data decides: epochs."""
+        if self.config.train.epochs or any("epochs" in entry for entry in self.config.data.mixture):
+            return None
         return self.config.train.steps * self.step.target_tokens
 
 

@@ -91,6 +91,8 @@ def _time(plan: Plan) -> list[str]:
              f"{plan.flops / 1e12:,.1f} TFLOP)",
              f"{plan.tokens_per_s:,.0f} tokens/s, {plan.tokens_per_s * DAY_S / 1e9:,.2f} billion a day, MFU "
              f"{plan.mfu:.1%}"]
+    if plan.run_tokens is None:
+        return [*lines, "the run's tokens, days and cost: not known, epochs are of data that is not read here"]
     days = plan.run_tokens / plan.tokens_per_s / DAY_S
     cost = plan.cost(plan.run_tokens)
     money = "" if cost is None else f", {cost:,.0f} at {plan.price:g} per device and hour"

@@ -34,12 +34,13 @@ class Pretrain(Task):
         data = config.data
         self._paths = list(dict.fromkeys(entry["path"] for entry in data.mixture)) or [data.path]
         opened = {path: open_data(path) for path in self._paths}
-        trains = [opened[path][0] for path in self._paths]
         self.tokenizer = opened[self._paths[0]][2]
         self._check_tokenizers({path: tokenizer for path, (_, _, tokenizer) in opened.items()})
+        self._sort_paths()
+        opened = {path: opened[path] for path in self._paths}
+        trains = [train for train, _, _ in opened.values()]
         self.config = resolve_vocab(config, self.tokenizer, trains)
         self.vals = self._open_validation({path: val for path, (_, val, _) in opened.items()})
-        self._hashes = [_meta_hash(path) for path in self._paths]
         options = dict(
             context=config.model.context, sequences_per_step=config.sequences_per_step,
             micro_batch=config.train.micro_batch, rank=world.dp_rank, world=world.dp_size, seed=config.run.seed,
@@ -52,6 +53,17 @@ class Pretrain(Task):
             self.source = PretrainSource(trains[0], **options)
         self.config = resolve_steps(self.config, self.source.n_samples)
         self.dataset_id = self.dataset_at(self._phases[-1].start + 1)
+
+    def _sort_paths(self) -> None:
+        """A mixture's samples are dealt out by the datasets' hashes: neither the order of its entries nor a dataset
+        that joins at a later step changes them."""
+        by_hash: dict[str, str] = {}
+        for path in self._paths:
+            other = by_hash.setdefault(_meta_hash(path), path)
+            if other != path:
+                raise UserError(f"data.mixture: {other} and {path} hold the same tokens: leave one of them out")
+        self._hashes = sorted(by_hash)
+        self._paths = [by_hash[name] for name in self._hashes]
 
     @property
     def data_name(self) -> str:
