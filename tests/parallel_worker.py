@@ -35,14 +35,20 @@ CASES = {
     "fsdp-muon-lora": ["--parallel.strategy=fsdp", *MUON, "--lora.rank=4", "--lora.split_qkv=true"],
     "fsdp-bf16": ["--parallel.strategy=fsdp", "--train.precision=bf16"],
 }
-ONLY_AT = {"hsdp-muon": 4, "fsdp-muon-lora": 3}  # shards and replicas; ranks that have nothing of an adapter's A
+# Not at every world size. 3: ranks that have nothing of an adapter's A; 4: shards and replicas.
+ONLY_AT = {"ddp-muon": (2,), "fsdp-muon": (2, 4), "hsdp-muon": (4,), "fsdp-muon-lora": (3,), "ddp-dropout": (2, 3),
+           "ddp-masked": (2, 3), "fsdp-masked": (3, 4)}
 RESUMED = ["fsdp-dropout", "fsdp-muon"]
 CHAINS = {"chain": [], "chain-muon": MUON}
 
 
 def cases_of(world: int) -> list[str]:
     """The cases that run at a world size."""
-    return [name for name in CASES if ONLY_AT.get(name, world) == world]
+    return [name for name in CASES if world in ONLY_AT.get(name, (world,))]
+
+
+def resumed_at(world: int) -> list[str]:
+    return [name for name in RESUMED if name in cases_of(world)]
 
 
 def case_options(name: str, out: Path) -> list[str]:
@@ -55,7 +61,7 @@ def main(data: Path, out: Path, chain_stop: int, chain_strategy: str) -> None:
     for name in cases_of(world):
         run_tiny(data, out / f"{name}-{world}", *case_options(name, out), "--data.workers=2")
     # Resume at the same world size, here bit for bit.
-    for name in RESUMED:
+    for name in resumed_at(world):
         run_tiny(data, out / f"{name}-resumed-{world}", *CASES[name], "--train.stop_at=9")
         run_tiny(data, out / f"{name}-resumed-{world}", *CASES[name])
     # The chains: each one run that goes on at every world size in turn.
