@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.timing import copy_bandwidth
 from benchmarks.tokenize import describe
-from benchmarks.train_cpu import ROOT, TCMALLOC, VOCAB, Size
+from benchmarks.train_cpu import ROOT, TCMALLOC, Size, add_size, publish
 from gptdist.config import ModelConfig
 from gptdist.convert.gpt2 import gpt2_name, group_qkv
 from gptdist.generate import Generator, PagedCache, Sampling
@@ -262,10 +262,7 @@ def main() -> None:
                         help=f"contenders: {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="timed continuations of a round")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=VOCAB)
+    add_size(parser)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", choices=[*CONTENDERS, COPY, LOGITS], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -280,10 +277,7 @@ def main() -> None:
     for batch in args.batches:
         lines += table(*collect(args, batch), size, batch, args.new)
         lines += [logits_line(run_worker(LOGITS, args, batch)), ""]
-    text = "\n".join(lines)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,20 @@ def table(results: dict[str, Result], size: Size, shape: Shape) -> list[str]:
     return [*lines, ""]
 
 
+def publish(lines: list[str], output: Path | None) -> None:
+    """Print a report, and write it to `output` where that is given."""
+    text = "\n".join(lines)
+    print(text)
+    if output:
+        output.write_text(text)
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Options of a Size; GPT-2 124M without them."""
+    for name, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocab", VOCAB)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(4, 64), Shape(4, 256), Shape(1, 1024)])
@@ -275,10 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=VOCAB)
+    add_size(parser)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -293,10 +304,7 @@ def main() -> None:
              f"hf tuned with {allocator}.", ""]
     for shape in args.shapes:
         lines += table(collect(args, shape), size, shape)
-    text = "\n".join(lines)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

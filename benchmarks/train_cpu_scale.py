@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.tokenize import describe
-from benchmarks.train_cpu import CONTENDERS, Shape, run_contender
+from benchmarks.train_cpu import CONTENDERS, Shape, publish, run_contender
 
 HEAD_DIM = 64
 DEFAULT_CONTENDERS = ["gptdist bf16", "hf tuned"]
@@ -149,10 +149,7 @@ def main() -> None:
             picture = args.output.with_name(f"{args.output.stem}-{kind}.png")
             plot(axis, values, points, picture)
             lines += [f"![{kind}]({picture.name})", ""]
-    text = "\n".join(lines)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":
