@@ -230,7 +230,7 @@ def idle(server: Running) -> bool:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_row(stream):
     with running(tiny_served(), slow_s=0.05) as server:
-        body = json.dumps(dict(prompt="x", max_tokens=90, temperature=1, stream=stream)).encode()
+        body = json.dumps(dict(prompt="x", max_tokens=90, temperature=1, seed=1, stream=stream)).encode()
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=30) as leaves:
             leaves.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
