@@ -60,6 +60,7 @@ EXTRAS = {
         "playwright>=1.40",
         "schemathesis>=4",
         "pytest",
+        "pytest-xdist>=3.6",
         "hypothesis",
         "transformers>=4.45",
         "peft>=0.13",

@@ -3,23 +3,25 @@
     python -m benchmarks.generate_cpu [--batches 1 8] [--prompt N] [--new N] [--only NAME ...] [--rounds N]
                                       [--repeats N] [--output FILE.md]
 
-A GPT-2 of 124M (other sizes: --layers, --width, --heads, --vocab) with random weights in bf16 continues prompts of
-random tokens greedily, with a key and value cache. Each contender runs in a process of its own; contenders alternate,
+A GPT-2 of 124M (other sizes: --layers, --width, --heads, --vocab) with random weights continues prompts of random
+tokens greedily, with a key and value cache. Each contender runs in a process of its own; contenders alternate,
 `--rounds` times; medians over all timed continuations, prompt and all, divided by the new tokens of a row.
 
-    gptdist bf16         Generator, as `gptdist generate --dtype bf16` runs it
+    gptdist bf16, fp32   Generator, as `gptdist generate --dtype bf16` runs it
     reference bf16       the same with GPTDIST_OPS=reference
-    hf bf16              Hugging Face's GPT2LMHeadModel.generate (SDPA attention, dynamic cache)
+    hf bf16, fp32        Hugging Face's GPT2LMHeadModel.generate (SDPA attention, dynamic cache)
     hf tuned             the same with tcmalloc where installed, else with glibc told to keep what is freed
     hf compiled          hf tuned with a static cache and torch.compile of the forward pass
 
-The limit: a step reads every weight of the matrix products and norms once, at the bandwidth of a copy (read and
+hf tuned and compiled are in bf16, or in fp32 where the processor does not multiply bf16. The limit: a step reads every
+weight of the matrix products and norms once, in bf16, at the bandwidth of a copy (read and
 written bytes) by as many threads, measured in a process of its own in the same rounds. Last, the logits of a prompt
 and of steps after it, ours and Hugging Face's in bf16, are compared with Hugging Face's in fp32. Needs the package
 transformers (the test extra).
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -40,11 +42,12 @@ from gptdist.config import ModelConfig
 from gptdist.convert.gpt2 import gpt2_name, group_qkv
 from gptdist.generate import Generator, PagedCache, Sampling
 from gptdist.model import LanguageModel, build_meta
-from gptdist.parallel.host import keep_freed_memory, physical_cores
+from gptdist.parallel.host import has_bf16, keep_freed_memory, physical_cores
 
 CONTEXT = 1024
 COPY_BYTES = 256 << 20
 BF16 = torch.bfloat16
+NATIVE = BF16 if has_bf16(torch.device("cpu")) else torch.float32  # what the processor multiplies
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ def gptdist_model(size: Size, dtype: torch.dtype) -> LanguageModel:
 Continue = Callable[[Tensor], list[list[int]]]
 
 
-def gptdist_continue(size: Size, work: Work) -> Continue:
-    generator = Generator(gptdist_model(size, BF16), NoText())
+def gptdist_continue(size: Size, work: Work, *, dtype: torch.dtype = BF16) -> Continue:
+    generator = Generator(gptdist_model(size, dtype), NoText())
     sampling = Sampling(max_new_tokens=work.new, temperature=0)
 
     def run(prompts: Tensor) -> list[list[int]]:
@@ -111,10 +114,11 @@ def gptdist_continue(size: Size, work: Work) -> Continue:
     return run
 
 
-def hf_continue(size: Size, work: Work, *, tuned: bool = False, compiled: bool = False) -> Continue:
+def hf_continue(size: Size, work: Work, *, dtype: torch.dtype = NATIVE, tuned: bool = False,
+                compiled: bool = False) -> Continue:
     if (tuned or compiled) and not TCMALLOC:
         keep_freed_memory()
-    model, options = hf_model(size, BF16), {}
+    model, options = hf_model(size, dtype), {}
     if compiled:
         options["cache_implementation"] = "static"
         model.forward = torch.compile(model.forward)
@@ -130,9 +134,11 @@ def hf_continue(size: Size, work: Work, *, tuned: bool = False, compiled: bool =
 
 CONTENDERS: dict[str, Callable[[Size, Work], Continue]] = {
     "gptdist bf16": gptdist_continue,
-    "hf bf16": hf_continue,
-    "hf tuned": lambda size, work: hf_continue(size, work, tuned=True),
-    "hf compiled": lambda size, work: hf_continue(size, work, compiled=True),
+    "gptdist fp32": functools.partial(gptdist_continue, dtype=torch.float32),
+    "hf bf16": functools.partial(hf_continue, dtype=BF16),
+    "hf fp32": functools.partial(hf_continue, dtype=torch.float32),
+    "hf tuned": functools.partial(hf_continue, tuned=True),
+    "hf compiled": functools.partial(hf_continue, compiled=True),
     "reference bf16": gptdist_continue,
 }
 COPY, LOGITS = "copy", "logits"  # what workers do besides
@@ -272,7 +278,7 @@ def main() -> None:
         return
     lines = ["# Generation on a CPU", "",
              f"{describe('benchmarks.generate_cpu')}. {size.layers} layers, width {size.width}, {size.heads} heads, "
-             f"vocabulary {size.vocab}, bf16; prompts of {args.prompt} tokens, {args.new} new ones; medians of "
+             f"vocabulary {size.vocab}; prompts of {args.prompt} tokens, {args.new} new ones; medians of "
              f"{args.rounds} x {args.repeats} continuations; torch {torch.__version__}.", ""]
     for batch in args.batches:
         lines += table(*collect(args, batch), size, batch, args.new)

@@ -7,11 +7,14 @@ A GPT-2 of 124M (other sizes: --layers, --width, --heads, --vocab) trains on ran
 clipping and AdamW. Each contender runs in a process of its own, so that its allocator and its peak memory are its own;
 contenders alternate, `--rounds` times; medians over all timed steps.
 
-    gptdist bf16, fp32            the trainer's step: strategy single, as `gptdist train` runs it
-    reference bf16, compiled      the same with GPTDIST_OPS=reference, eager and with torch.compile of each block
-    hf fp32, bf16, compiled bf16  Hugging Face's GPT2LMHeadModel (SDPA attention), AdamW as torch makes it
-    hf tuned                      bf16 autocast, fused AdamW, and tcmalloc where installed (else glibc told to keep what
-                                  is freed): the strongest of PyTorch's own
+    gptdist                       the trainer's step: strategy single, as `gptdist train` runs it
+    reference, reference compiled the same with GPTDIST_OPS=reference, eager and with torch.compile of each block
+    hf, hf compiled               Hugging Face's GPT2LMHeadModel (SDPA attention), AdamW as torch makes it
+    hf tuned                      fused AdamW, and tcmalloc where installed (else glibc told to keep what is freed): the
+                                  strongest of PyTorch's own
+
+each in bf16 (autocast in Hugging Face's) and in fp32; where the processor does not multiply bf16, in fp32 alone unless
+--only asks for more.
 
 The limit: the step's own matrix products alone, in the contender's dtype, with as many threads, in the same rounds; to
 them attention's operations are added at the same rate. Needs the package transformers (the test extra) for the peers.
@@ -19,6 +22,7 @@ them attention's operations are added at the same rate. Needs the package transf
 
 import argparse
 import ctypes.util
+import functools
 import json
 import os
 import resource
@@ -37,7 +41,7 @@ from benchmarks.tokenize import describe
 from benchmarks.training_speed import CLIP, LEARNING_RATE
 from benchmarks.training_speed import step as training_step
 from gptdist.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from gptdist.parallel.host import keep_freed_memory, physical_cores, set_up_process
+from gptdist.parallel.host import has_bf16, keep_freed_memory, physical_cores, set_up_process
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 50257
@@ -157,24 +161,25 @@ def matrices_step(size: Size, shape: Shape, *, dtype: torch.dtype) -> Step:
 
 
 CONTENDERS: dict[str, Callable[[Size, Shape], Step]] = {
-    "gptdist bf16": lambda size, shape: gptdist_step(size, shape, precision="bf16"),
-    "gptdist fp32": lambda size, shape: gptdist_step(size, shape, precision="fp32"),
-    "reference bf16": lambda size, shape: gptdist_step(size, shape, precision="bf16"),
-    "reference compiled": lambda size, shape: gptdist_step(size, shape, precision="bf16", compiled=True),
-    "hf tuned": lambda size, shape: hf_step(size, shape, bf16=True, tuned=True),
-    "hf compiled bf16": lambda size, shape: hf_step(size, shape, bf16=True, compiled=True),
-    "hf bf16": lambda size, shape: hf_step(size, shape, bf16=True),
-    "hf fp32": lambda size, shape: hf_step(size, shape, bf16=False),
-    "products bf16": lambda size, shape: matrices_step(size, shape, dtype=torch.bfloat16),
-    "products fp32": lambda size, shape: matrices_step(size, shape, dtype=torch.float32),
+    f"{name} {precision}": functools.partial(make, **options(precision))
+    for precision in ("bf16", "fp32") for name, make, options in (
+        ("gptdist", gptdist_step, lambda p: {"precision": p}),
+        ("reference", gptdist_step, lambda p: {"precision": p}),
+        ("reference compiled", gptdist_step, lambda p: {"precision": p, "compiled": True}),
+        ("hf", hf_step, lambda p: {"bf16": p == "bf16"}),
+        ("hf compiled", hf_step, lambda p: {"bf16": p == "bf16", "compiled": True}),
+        ("hf tuned", hf_step, lambda p: {"bf16": p == "bf16", "tuned": True}),
+        ("products", matrices_step, lambda p: {"dtype": torch.bfloat16 if p == "bf16" else torch.float32}),
+    )
 }
+DEFAULT = [name for name in CONTENDERS if name.endswith("fp32") or has_bf16(torch.device("cpu"))]
 PRODUCTS = ("products bf16", "products fp32")
 
 
 def environment(name: str) -> dict[str, str]:
     """What a contender's process has in its environment besides ours."""
     extra = {"GPTDIST_OPS": "reference"} if name.startswith("reference") else {}
-    return extra | ({"LD_PRELOAD": TCMALLOC} if name == "hf tuned" and TCMALLOC else {})
+    return extra | ({"LD_PRELOAD": TCMALLOC} if name.startswith("hf tuned") and TCMALLOC else {})
 
 
 # A contender's process
@@ -231,7 +236,7 @@ class Result:
 def collect(args: argparse.Namespace, shape: Shape) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for number in range(args.rounds):
-        for name in args.only or CONTENDERS:
+        for name in args.only:
             found = run_contender(name, args, shape)
             print(f"{shape}, round {number + 1}, {name}: {statistics.median(found['seconds']):.3f} s a step, losses "
                   f"{found['losses'][0]:.3f} to {found['losses'][-1]:.3f}", file=sys.stderr)
@@ -250,9 +255,9 @@ def limit_s(results: dict[str, Result], size: Size, shape: Shape, dtype: str) ->
 
 
 def table(results: dict[str, Result], size: Size, shape: Shape) -> list[str]:
-    ours = results.get("gptdist bf16")
+    ours = next((name for name in ("gptdist bf16", "gptdist fp32") if name in results), None)
     lines = [f"## B = {shape.batch}, T = {shape.context}", "",
-             "| | tokens/s | ms a step | gptdist bf16 is faster | of the limit | peak memory, GB |",
+             f"| | tokens/s | ms a step | {f'{ours} is faster' if ours else ''} | of the limit | peak memory, GB |",
              "|---|---|---|---|---|---|"]
     for name, result in results.items():
         if name in PRODUCTS:
@@ -261,7 +266,7 @@ def table(results: dict[str, Result], size: Size, shape: Shape) -> list[str]:
             continue
         limit = limit_s(results, size, shape, "fp32" if name.endswith("fp32") else "bf16")
         share = f"{limit / result.median_s:.0%}" if limit else ""
-        ratio = f"{result.median_s / ours.median_s:.2f}" if ours else ""
+        ratio = f"{result.median_s / results[ours].median_s:.2f}" if ours else ""
         lines.append(f"| {name} | {shape.tokens / result.median_s:.0f} | {result.median_s * 1e3:.0f} | {ratio} "
                      f"| {share} | {result.peak_bytes / 1e9:.2f} |")
     return [*lines, ""]
@@ -284,7 +289,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(4, 64), Shape(4, 256), Shape(1, 1024)])
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME",
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=DEFAULT, metavar="NAME",
                         help=f"contenders: {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")

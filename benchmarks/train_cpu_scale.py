@@ -3,10 +3,10 @@
     python -m benchmarks.train_cpu_scale [--contexts 128 256 ...] [--widths 256 512 ...] [--output FILE.md]
 
 Contexts: one sequence, width --width. Widths: one sequence of --context tokens. A GPT-2 of few layers (--layers,
---vocab; heads of 64), the contenders of benchmarks.train_cpu: this project's step in bf16 and PyTorch's strongest, `hf
-tuned`. Each contender and size runs in a process of its own, whose peak memory is reported; it may take --limit-s
-seconds and the memory that is free, and what does not fit is said. The output has a plot of each beside it,
-FILE-contexts.png and FILE-widths.png.
+--vocab; heads of 64), the contenders of benchmarks.train_cpu: this project's step and PyTorch's strongest, `hf tuned`,
+in bf16 where the processor multiplies it, else in fp32. Each contender and size runs in a process of its own, whose
+peak memory is reported; it may take --limit-s seconds and the memory that is free, and what does not fit is said. The
+output has a plot of each beside it, FILE-contexts.png and FILE-widths.png.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import torch
 
 from benchmarks.tokenize import describe
 from benchmarks.train_cpu import CONTENDERS, Shape, publish, run_contender
+from gptdist.parallel.host import has_bf16
 
 HEAD_DIM = 64
-DEFAULT_CONTENDERS = ["gptdist bf16", "hf tuned"]
+PRECISION = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+DEFAULT_CONTENDERS = [f"gptdist {PRECISION}", f"hf tuned {PRECISION}"]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Metrics:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """A row; in the file a number that is not finite, which JSON does not have, is null."""
         scalars = {name: v for name, v in values.items() if isinstance(v, float)}
+        texts = {name: v for name, v in values.items() if isinstance(v, str)}
         finite = values | {name: None for name, v in scalars.items() if not math.isfinite(v)}
         with _writing(self.path):
             self._file.write(json.dumps({"kind": kind, "step": step} | finite) + "\n")
@@ -54,6 +56,8 @@ class Metrics:
             if self._board is not None:
                 for name, value in scalars.items():
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+                for name, text in texts.items():
+                    self._board.add_text(f"{kind}/{name}", textwrap.indent(text, "    "), step)  # Markdown for code
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in scalars.items()}, step=step)
 

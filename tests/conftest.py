@@ -13,7 +13,19 @@ from gptdist.parallel.host import use_onednn_for_fp32
 from tests import cuda_vm
 
 ROOT = Path(__file__).resolve().parent.parent
+# The modules that take longest begin first, so that no process of `pytest -n` is left alone with one at the end.
+FIRST = ("test_readme", "test_parallel", "test_lora", "test_zero", "test_tensor_parallel", "test_cuda_mutants")
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -n N --dist loadgroup`: a module stays in one process, all that use `two_processes` in one too."""
+    order = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))  # stable
+    shared = {item.path for item in items if "two_processes" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "two_processes" if item.path in shared else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from tests.training import run_tiny, run_worker  # noqa: E402
 MUON = ["--optim.name=muon", "--model.n_kv_heads=2"]
 CASES = {
     "ddp": ["--parallel.strategy=ddp"],
-    "fsdp": ["--parallel.strategy=fsdp"],
+    "fsdp": ["--parallel.strategy=fsdp", "--eval.prompt=The"],
     "fsdp-dropout": ["--parallel.strategy=fsdp", "--model.dropout=0.1"],
     "ddp-dropout": ["--parallel.strategy=ddp", "--model.dropout=0.1"],
     "fsdp-untied-rope-gqa": ["--parallel.strategy=fsdp", "--model.tied=false", "--model.positions=rope",

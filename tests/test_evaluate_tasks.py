@@ -18,7 +18,9 @@ from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
 from gptdist.evaluate.scorer import Request, Score, evaluation_config, open_scorer
 from gptdist.evaluate.suite import Options, open_tasks, rolling, run_task
 from gptdist.evaluate.text_metrics import bleu, token_f1
+from gptdist.generate import Generator
 from gptdist.metrics import read_rows
+from gptdist.tasks.pretrain import SAMPLING
 from tests.evaluate_worker import STRATEGIES, run_all
 from tests.training import eval_losses, run_tiny, tiny_config, train_rows
 
@@ -329,10 +331,10 @@ def test_tasks_during_training_change_nothing_that_it_computes(dataset, checkpoi
     """The same losses and gradient norms bit for bit; the figures of the last step are those of its checkpoint."""
     named = [f"{kind}={tasks / f'{kind}.jsonl'}" for kind in ("choice", "cloze", "qa")]
     run_tiny(dataset, tmp_path / "run", "--train.stop_at=6", "--eval.tokens=0", f"--eval.tasks={json.dumps(named)}",
-             "--eval.tasks_every=2", "--run.tensorboard=true")
+             "--eval.tasks_every=2", "--run.tensorboard=true", "--eval.prompt=The")
     with_tasks, without = train_rows(tmp_path / "run"), train_rows(checkpoint.parent.parent)
     assert [(r["loss"], r["grad_norm"]) for r in with_tasks] == [(r["loss"], r["grad_norm"]) for r in without]
-    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "tasks"]
+    rows = rows_of(tmp_path / "run", "tasks")
     assert [row["step"] for row in rows] == [2, 4, 6]
     scorer = open_scorer(latest(tmp_path / "run" / "checkpoints"))
     for task in open_tasks(named):
@@ -341,6 +343,18 @@ def test_tasks_during_training_change_nothing_that_it_computes(dataset, checkpoi
                 assert rows[-1][f"{task.name}/{name}"] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE)
     boards = list((tmp_path / "run" / "tensorboard").iterdir())
     assert any(b"tasks/choice/accuracy" in board.read_bytes() for board in boards)
+    sample = rows_of(tmp_path / "run", "eval")[-1]["sample"]
+    assert sample == continued(latest(tmp_path / "run" / "checkpoints"), "The")
+    assert any(sample.splitlines()[-1].encode() in board.read_bytes() for board in boards)
+
+
+def rows_of(run_dir: Path, kind: str) -> list[dict]:
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def continued(checkpoint: Path, prompt: str) -> str:
+    model, tokenizer, _ = load_model(checkpoint, verify=False)
+    return prompt + Generator(model, tokenizer).generate([prompt], SAMPLING)[0].text
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -350,6 +364,15 @@ def test_tasks_during_training_change_nothing_that_it_computes(dataset, checkpoi
 def test_where_no_tasks_can_run(override, message, tmp_path):
     with pytest.raises(UserError, match=message):
         tiny_config(tmp_path, tmp_path, "--eval.tasks=[stdlib]", override, "--parallel.strategy=fsdp")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("--task.name=instruct", "eval.prompt is for pretraining"),
+    ("--parallel.tensor=2", "eval.prompt with parallel.tensor=2"),
+])
+def test_where_no_prompt_is_continued(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        tiny_config(tmp_path, tmp_path, "--eval.prompt=The", override, "--parallel.strategy=fsdp")
 
 
 def test_a_task_that_is_not_there_fails_before_the_first_step(dataset, tmp_path):

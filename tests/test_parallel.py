@@ -10,6 +10,7 @@ from gptdist.checkpoint.stream import TensorReader
 from gptdist.data.format import TokenDataset
 from gptdist.data.writer import write_dataset
 from gptdist.errors import UserError
+from gptdist.metrics import read_rows
 from tests.conftest import torchrun
 from tests.parallel_worker import CASES, CHAINS, case_options, cases_of, resumed_at
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
@@ -57,6 +58,14 @@ def test_every_strategy_and_world_size_gives_the_single_curve(runs, case, world)
     norm = 2e-3 if case == "fsdp-muon-lora" else 1e-4
     assert_same_curve(train_rows(runs / f"{case}-{world}"), train_rows(runs / f"{case}-single"), norm=norm)
     assert eval_losses(runs / f"{case}-{world}") == pytest.approx(eval_losses(runs / f"{case}-single"), abs=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_size_writes_the_same_sample(runs, world):
+    samples = [[row["sample"] for row in read_rows(runs / f"fsdp-{n}" / "metrics.jsonl") if row["kind"] == "eval"]
+               for n in (world, "single")]
+    assert samples[0] == samples[1]
+    assert all(sample.startswith("The") for sample in samples[0])
 
 
 @pytest.mark.parametrize("world", WORLDS)

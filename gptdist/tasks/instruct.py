@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gptdist.checkpoint.grow import load_grown
@@ -24,7 +23,7 @@ from gptdist.data.templates import encode
 from gptdist.data.tokenizer import Tokenizer, extend
 from gptdist.errors import UserError
 from gptdist.evaluate.text_metrics import exact_match, rouge_l, score_texts
-from gptdist.generate import Completion, Generator, Sampling
+from gptdist.generate import Completion, Sampling
 from gptdist.metrics import append_rows, drop_rows_after
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
@@ -195,21 +194,10 @@ class Instruct(FineTune):
 
     def _answers(self, strategy: Strategy, questions: Sequence[Conversation]) -> list[Completion]:
         """Greedy answers. Every rank generates all of them, as the weights may be spread over all ranks."""
-        bf16 = strategy.config.train.precision == "bf16"
-        generator = Generator(strategy.model, self.tokenizer, call=strategy, device=self.world.device,
-                              dtype=torch.bfloat16 if bf16 else torch.float32, agree=self._agree)
         prompts = [encode(self.template.render(c.question()), self.tokenizer)[0] for c in questions]
         sampling = Sampling(max_new_tokens=self.config.instruct.max_new_tokens, temperature=0, stop=self.template.stops)
         with strategy.evaluating():
-            return generator.generate(prompts, sampling, batch_size=self.config.eval.micro_batch)
-
-    def _agree(self, chosen: list[int]) -> list[int]:
-        """Rank 0's tokens: a rank that rounds otherwise could end a row earlier, and leave the others waiting."""
-        if self.world.mesh is None:
-            return chosen
-        tokens = torch.tensor(chosen, device=self.world.device)
-        dist.broadcast(tokens, 0)
-        return tokens.tolist()
+            return self.generator(strategy).generate(prompts, sampling, batch_size=self.config.eval.micro_batch)
 
     def _sample_rows(self, questions: Sequence[Conversation],
                      answers: Sequence[Completion]) -> Iterator[dict[str, Any]]:

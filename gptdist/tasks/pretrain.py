@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from gptdist.data.loader import Batch, PretrainSource, eval_batches, windows_of
 from gptdist.data.mixture import MixtureSource, Phase, counts_by_epochs, counts_by_weight, phases_identity
 from gptdist.data.tokenizer import Tokenizer, parts_of_new
 from gptdist.errors import UserError
+from gptdist.generate import Sampling
 from gptdist.model import Dropout
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
 from gptdist.tasks.task import SAME_MODEL, Task, check_equal, check_tokenizer, resolve_steps
+
+SAMPLING = Sampling(max_new_tokens=100, temperature=0.8, seed=0)  # of eval.prompt: the same random numbers each time
 
 
 class Pretrain(Task):
@@ -144,9 +148,9 @@ class Pretrain(Task):
     def loss(self, strategy: Strategy, batch: Batch, key: Tensor | None) -> Tensor:
         return loss_sum(strategy, batch, self.world.device, self.dropout(batch, key))
 
-    def evaluate(self, strategy: Strategy) -> dict[str, float] | None:
-        """Mean validation loss in nats per token over all ranks, of each set and, as val_loss, the sets' mean; None
-        without held-out data."""
+    def evaluate(self, strategy: Strategy) -> dict[str, Any] | None:
+        """Mean validation loss in nats per token over all ranks, of each set and, as val_loss, the sets' mean; the
+        text that follows eval.prompt. None without held-out data."""
         if not self.vals:
             return None
         results = {}
@@ -158,7 +162,14 @@ class Pretrain(Task):
             losses, count = self.world.sum(sums).tolist()
             results[name] = losses / count if count else math.nan
         mean = sum(results.values()) / len(results)
-        return {"val_loss": mean} | {f"val_loss_{name}": loss for name, loss in results.items() if name}
+        values = {"val_loss": mean} | {f"val_loss_{name}": loss for name, loss in results.items() if name}
+        return values | ({"sample": self._sample(strategy)} if self.config.eval.prompt else {})
+
+    def _sample(self, strategy: Strategy) -> str:
+        prompt = self.config.eval.prompt
+        with strategy.evaluating():
+            [completion] = self.generator(strategy).generate([prompt], SAMPLING)
+        return prompt + completion.text
 
     def started(self, strategy: Strategy) -> None:
         """Say how much of each source of a mixture the run will see."""

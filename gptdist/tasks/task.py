@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gptdist import ops
@@ -21,6 +23,7 @@ from gptdist.config import Config
 from gptdist.data.loader import Batch, StepBatch
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
+from gptdist.generate import Generator
 from gptdist.model import GPT, Dropout, build
 from gptdist.parallel.strategies import Strategy
 from gptdist.parallel.world import World
@@ -103,6 +106,21 @@ class Task:
     def evaluate(self, strategy: Strategy) -> dict[str, Any] | None:
         """{"val_loss": mean validation loss, other metrics}, the same on all ranks; None: there is no such data."""
         raise NotImplementedError
+
+    def generator(self, strategy: Strategy) -> Generator:
+        """Continues texts with the weights as they are, inside strategy.evaluating(). Every rank generates all of them,
+        as the weights may be spread over all ranks; not under tensor parallelism, which divides a sequence."""
+        bf16 = strategy.config.train.precision == "bf16"
+        return Generator(strategy.model, self.tokenizer, call=strategy, device=self.world.device,
+                         dtype=torch.bfloat16 if bf16 else torch.float32, agree=self._agree)
+
+    def _agree(self, chosen: list[int]) -> list[int]:
+        """Rank 0's tokens: a rank that rounds otherwise could end a row earlier, and leave the others waiting."""
+        if self.world.mesh is None:
+            return chosen
+        tokens = torch.tensor(chosen, device=self.world.device)
+        dist.broadcast(tokens, 0)
+        return tokens.tolist()
 
     # Beside the steps
 
