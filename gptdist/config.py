@@ -316,8 +316,8 @@ class EvalConfig:
     tokens: int = _option(0, "pretrain: validation tokens per evaluation; 0: the whole held-out split")
     examples: int = _option(0, "fine-tuning: validation examples per evaluation; 0: all")
     micro_batch: int = _option(16, "sequences per rank and forward pass")
-    prompt: str = _option("", "pretrain: a text that the model goes on from at each evaluation, for 100 tokens; they go "
-                              "to metrics.jsonl and TensorBoard. \"\": none")
+    prompt: str = _option("", "pretrain: a text that the model goes on from at each evaluation, for 100 tokens, in "
+                              "metrics.jsonl and TensorBoard; empty: none")
     tasks: list[str] = _option((), "evaluation tasks beside it, as `gptdist evaluate --tasks` names them: stdlib, "
                                    "stdlib-choice, FILE, KIND=FILE ...; they change nothing that the run computes. "
                                    "Items whose answers are longer than the context are left out")
@@ -530,8 +530,9 @@ class Config:
                  "eval.tasks is for models that write text, but task.name=classify: leave it out")
         for name in ("tasks", "prompt"):
             _require(not getattr(self.eval, name) or self.parallel.tensor == 1,
-                     f"eval.{name} with parallel.tensor={self.parallel.tensor}: it divides the positions of a sequence, "
-                     f"and cannot go on from a single one; use `gptdist evaluate` or `generate` on the checkpoints")
+                     f"eval.{name} with parallel.tensor={self.parallel.tensor}: it divides the positions of a "
+                     f"sequence, and cannot go on from a single one; use `gptdist evaluate` or `generate` on the "
+                     f"checkpoints")
         _require(not self.eval.prompt or not self.is_finetuning,
                  f"eval.prompt is for pretraining, but task.name={self.task.name}: leave it out")
         self._check_muon()
