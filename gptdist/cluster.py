@@ -137,7 +137,8 @@ def dataset_identity(path: Path, *, thorough: bool) -> str:
     parts.append(f"tokenizer {_short((path / 'tokenizer' / 'tokenizer.json').read_bytes())}")
     if thorough:
         metas = [TokenDataset.open(path / split).meta for split in splits]
-        parts += [f"{sum(meta.n_tokens for meta in metas):,} tokens in {sum(len(meta.shards) for meta in metas)} shards"]
+        n_shards = sum(len(meta.shards) for meta in metas)
+        parts.append(f"{sum(meta.n_tokens for meta in metas):,} tokens in {n_shards} shards")
     return ", ".join(parts)
 
 

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 
 from gptdist.errors import UserError
 
-
 YAML_VALUES = 100_000
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)  # of a variable's name
 
@@ -30,6 +29,15 @@ SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNO
 def _option(default: Any, doc: str) -> Any:
     """A dataclass field with its meaning attached."""
     return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def expand_variables(path: str) -> str:
+    """`path` with the variables of the environment that it names. Raises UserError for one that looks like a secret:
+    configurations are saved and shown."""
+    if secret := next((name for name in re.findall(r"\$\{?(\w+)", path) if SECRET.search(name)), None):
+        raise UserError(f"{path} names the variable {secret}, which looks like a secret: it would be saved with the "
+                        f"configuration; name another variable")
+    return os.path.expandvars(path)
 
 
 def _is_number(value: Any) -> bool:
@@ -652,15 +660,6 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
                             f"what its aliases (*name) repeat")
         rest += value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
     return values
-
-
-def expand_variables(path: str) -> str:
-    """`path` with the variables of the environment that it names. Raises UserError for one that looks like a secret:
-    configurations are saved and shown."""
-    if secret := next((name for name in re.findall(r"\$\{?(\w+)", path) if SECRET.search(name)), None):
-        raise UserError(f"{path} names the variable {secret}, which looks like a secret: it would be saved with the "
-                        f"configuration; name another variable")
-    return os.path.expandvars(path)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def _wandb(project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingError("run.wandb is set, but the wandb package is not installed: pip install 'gptdist[wandb]', or unset "
-                           "run.wandb") from error
+        raise MissingError("run.wandb is set, but the wandb package is not installed: pip install 'gptdist[wandb]', or "
+                           "unset run.wandb") from error
     try:
         return wandb.init(project=project, dir=str(run_dir), config=resolved, resume="allow")
     except wandb.errors.Error as error:

@@ -1,7 +1,7 @@
 """A trace and the memory of chosen steps (profile.*): what runs when, and what holds memory. It changes no result.
 
     RUN_DIR/profile/rank00000-steps10-12.trace.json      torch.profiler's, for chrome://tracing or ui.perfetto.dev
-    RUN_DIR/profile/rank00000-steps10-12.memory.pickle   CUDA: every allocation with its stack, for pytorch.org/memory_viz
+    RUN_DIR/profile/rank00000-steps10-12.memory.pickle   CUDA: every allocation, for pytorch.org/memory_viz
     RUN_DIR/profile/rank00000-steps10-12.memory.txt      CPU: the operations by the memory that they allocate
 """
 
@@ -24,7 +24,8 @@ class StepProfiler:
     def __init__(self, config: ProfileConfig, run_dir: Path, rank: int, device: torch.device):
         self._config, self._device = config, device
         self._folder = run_dir / "profile"
-        self._steps = range(config.steps[0], config.steps[-1] + 1) if config.steps and rank in config.ranks else range(0)
+        chosen = config.steps and rank in config.ranks
+        self._steps = range(config.steps[0], config.steps[1] + 1) if chosen else range(0)
         self._rank, self._begun = rank, 0
         self._profile: profile | None = None
 

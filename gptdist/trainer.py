@@ -64,6 +64,11 @@ class TrainState:
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
             raise UserError(f"{checkpoint}: train_state.json has keys {sorted(values)}, expected {sorted(names)}")
+        for field in dataclasses.fields(cls):
+            value = values[field.name]
+            if not isinstance(value, (int, float, type(None)) if "float" in str(field.type) else field.type):
+                raise UserError(f"{checkpoint}: train_state.json has {field.name}={str(value)[:40]!r}, expected "
+                                f"{field.type}: use another checkpoint")
         return cls(**values)
 
 

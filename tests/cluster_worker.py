@@ -41,25 +41,26 @@ def main(data: Path, out: Path) -> None:
         run = out / name
         path = out / f"{name}-{RANK}.yaml"
         path.write_text(config_module.to_yaml(tiny_config(data, run)))
-        results[name] = ended(lambda path=path, words=words_of(overrides, out): train_command.train(str(path), words),
+        words = words_of(overrides, out)
+        results[name] = ended(lambda path=path, words=words: train_command.train(str(path), words),
                               other_code=name == "code")
     for name, overrides in DOCTOR.items():
         path = out / f"doctor-{name}-{RANK}.yaml"
         path.write_text(config_module.to_yaml(tiny_config(data, out / "none")))
         skew = 30.0 if name == "clock" and RANK == 1 else 0.0
+        words = words_of(overrides, out)
         with mock.patch.object(measure, "now_s", lambda skew=skew: time.time() + skew):
-            results[f"doctor-{name}"] = ended(
-                lambda path=path, name=name, words=words_of(overrides, out):
-                doctor_distributed.run(str(path), words, json=name == "clock"))
+            results[f"doctor-{name}"] = ended(lambda path=path, name=name, words=words: doctor_distributed.run(
+                str(path), words, json=name == "clock"))
     (out / f"results-{RANK}.json").write_text(json.dumps(results))
     train_with_a_slow_rank(data, out / "slow")
 
 
-SLOW_S = 0.2  # a step, on rank 1
+SLOW_S = 0.4  # a step, on rank 1
 
 
 def train_with_a_slow_rank(data: Path, run: Path) -> None:
-    """Rank 1 waits for its data in steps 1 to 3 and computes longer in steps 4 to 6. It is profiled in steps 2 and 3."""
+    """Rank 1 waits for its data in steps 1 to 3, computes longer in steps 4 to 6, and is profiled in steps 2 and 3."""
     read, loss = PretrainSource.step, Pretrain.loss
 
     def slow_read(self, step, next_sample):
@@ -86,10 +87,11 @@ def words_of(overrides: tuple[list[str], list[str]], out: Path) -> list[str]:
 
 def ended(command, other_code: bool = False) -> dict:
     out, err, began = io.StringIO(), io.StringIO(), time.monotonic()
-    code_hash = mock.patch.object(cluster, "code_hash", lambda: OTHER_CODE) if other_code and RANK == 1 else (
-        contextlib.nullcontext())
+    code_hash = contextlib.nullcontext()
+    if other_code and RANK == 1:
+        code_hash = mock.patch.object(cluster, "code_hash", return_value=OTHER_CODE)
     with (code_hash, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-          mock.patch.object(train_command, "end_process", lambda code: None),
+          mock.patch.object(train_command, "end_process", return_value=None),
           mock.patch.object(train_command, "MAIN_RANK_FIRST_S", 0)):
         code = command()
     return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": time.monotonic() - began}

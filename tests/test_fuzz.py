@@ -128,7 +128,7 @@ def test_a_foreign_configuration_of_impossible_size(tmp_path, key, value):
     fuzzing.seed_hf(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         import_model(str(source), str(tmp_path / "out"))
 
 
@@ -138,7 +138,7 @@ def test_a_tensor_that_its_file_does_not_hold(tmp_path, value):
     files = fuzzing.nanogpt_files()
     files["ckpt.pt"].value["model"]["transformer.wte.weight"] = value
     (tmp_path / "ckpt.pt").write_bytes(files["ckpt.pt"].encode())
-    with pytest.raises(UserError, match=r"transformer\.wte\.weight is no plain tensor that the file holds whole|no file"):
+    with pytest.raises(UserError, match=r"transformer\.wte\.weight is no plain tensor that the file holds|no file of"):
         import_model(str(tmp_path), str(tmp_path / "out"), tokenizer="bytes")
 
 

@@ -51,7 +51,7 @@ def test_wandb_that_is_not_installed_is_named(tmp_path):
 class FakeWandb(types.ModuleType):
     """What Metrics asks of the wandb package."""
 
-    class errors:  # noqa: N801 (a module's name)
+    class errors:
         class Error(Exception):
             pass
 

@@ -33,8 +33,8 @@ def test_a_profiled_run_computes_the_same(dataset, tmp_path):
 
 
 def test_a_run_that_ends_first_is_profiled_as_far_as_it_goes(dataset, tmp_path):
-    run_tiny(dataset, tmp_path, "--train.steps=2", "--profile.steps=[2, 9]")
-    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank00000-steps2-2.trace.json"]
+    run_tiny(dataset, tmp_path, "--train.steps=4", "--profile.steps=[4, 9]")
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank00000-steps4-4.trace.json"]
 
 
 def test_other_ranks_and_steps_are_not(tmp_path):

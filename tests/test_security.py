@@ -55,7 +55,7 @@ def of_call(call: ast.Call) -> str | None:
         return name
     if owner.split(".")[0] in PICKLERS and name in ("load", "loads", "Unpickler", "open"):
         return f"{owner}.{name}"
-    if "yaml" in owner:
+    if owner == "yaml" or owner.startswith(("yaml.", "ruamel")):
         return f"yaml.{name}" if name not in ("safe_load", "safe_dump") else None
     if name == "load" and not (owner == "torch" and says("weights_only", True)) and (
             owner in ("torch", "np", "numpy", "torch.jit", "torch.export") or "torch" in owner):
@@ -87,8 +87,8 @@ def test_nothing_that_is_read_is_run():
     "np.load(f)", "np.load(f, allow_pickle=True)", "x.read(allow_pickle=True)", "yaml.load(f)", "yaml.unsafe_load(f)",
     "yaml.full_load(f)", "eval(x)", "exec(x)", "compile(x, '', 'exec')", "__import__(x)", "os.system(x)",
     "os.popen(x)", "subprocess.run(x, shell=True)", "subprocess.run(x, shell=s)", "dist.all_gather_object(a, b)",
-    "dist.broadcast_object_list(a)", "importlib.import_module(x)", "AutoModel.from_pretrained(x, trust_remote_code=True)",
-    "torch.jit.load(f)",
+    "dist.broadcast_object_list(a)", "importlib.import_module(x)", "torch.jit.load(f)",
+    "AutoModel.from_pretrained(x, trust_remote_code=True)",
 ])
 def test_the_check_notices(source):
     assert findings(source)
@@ -133,7 +133,7 @@ def test_no_secret_of_the_environment_lands_in_the_run_directory(dataset, tmp_pa
     fake = types.SimpleNamespace(init=lambda **options: told.update(options) or Run(), errors=types.SimpleNamespace())
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     run = tmp_path / "run"
-    run_tiny(dataset, run, "--train.steps=2", "--run.wandb=project", "--run.tensorboard=true", "--profile.steps=[2, 2]",
+    run_tiny(dataset, run, "--train.steps=4", "--run.wandb=project", "--run.tensorboard=true", "--profile.steps=[2, 2]",
              "--profile.memory=true")
     assert list((run / "profile").iterdir())
     assert told["project"] == "project"

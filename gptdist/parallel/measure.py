@@ -25,8 +25,9 @@ def now_s() -> float:
 
 
 def clock_offsets() -> list[tuple[float, float]]:
-    """(how far a rank's clock is ahead of rank 0's, by how much that may be wrong) in seconds, by rank, on rank 0; [] on
-    the others. A collective call.
+    """(how far a rank's clock is ahead of rank 0's, how wrong that may be) in seconds, by rank; [] but on rank 0.
+
+    A collective call.
 
     A rank answers a message of rank 0 with its time, which lies between two times of rank 0's; the round trip that
     took least is taken (Cristian, Probabilistic clock synchronization, 1989). No clock has to be right.
