@@ -22,10 +22,22 @@ from typing import Any, ClassVar, Literal
 
 from gptdist.errors import UserError
 
+YAML_VALUES = 100_000
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)  # of a variable's name
+
 
 def _option(default: Any, doc: str) -> Any:
     """A dataclass field with its meaning attached."""
     return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def expand_variables(path: str) -> str:
+    """`path` with the variables of the environment that it names. Raises UserError for one that looks like a secret:
+    configurations are saved and shown."""
+    if secret := next((name for name in re.findall(r"\$\{?(\w+)", path) if SECRET.search(name)), None):
+        raise UserError(f"{path} names the variable {secret}, which looks like a secret: it would be saved with the "
+                        f"configuration; name another variable")
+    return os.path.expandvars(path)
 
 
 def _is_number(value: Any) -> bool:
@@ -355,16 +367,37 @@ class CheckpointConfig:
 class RunConfig:
     """Where the run lives and what it reports."""
 
-    dir: str = _option("runs/default", "the run's directory: checkpoints/, metrics.jsonl, exit.json, tensorboard/")
+    dir: str = _option("runs/default", "the run's directory: checkpoints/, metrics.jsonl, exit.json, tensorboard/, "
+                                        "profile/")
     seed: int = _option(1337, "seeds initialisation, sample order and dropout")
     log_every: int = _option(10, "steps between printed lines (metrics.jsonl has every step)")
     tensorboard: bool = _option(True, "write TensorBoard scalars to RUN_DIR/tensorboard")
-    wandb: str | None = _option(None, "Weights & Biases project to log to (needs the wandb package)")
+    wandb: str | None = _option(None, "Weights & Biases project to log to (the extra `wandb`); its key comes from "
+                                      "the environment (WANDB_API_KEY) or `wandb login`, and is saved nowhere")
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir is empty, expected the run's directory")
         _require(self.log_every > 0, f"run.log_every is {self.log_every}, expected at least 1")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}, expected 0 <= seed < 2^63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A trace of chosen steps, and what holds memory in them, in RUN_DIR/profile. It changes no result."""
+
+    steps: list[int] = _option((), "[first, last] step to trace with torch.profiler (Chrome's trace format), such as "
+                                   "[10, 12]; the first step is 1. Empty: off. Traced steps are slower")
+    ranks: list[int] = _option((0,), "which ranks write a trace each")
+    memory: bool = _option(False, "in those steps also: CUDA: a snapshot of all allocations, for "
+                                  "pytorch.org/memory_viz; CPU: what each operation allocates")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", list(self.steps))
+        object.__setattr__(self, "ranks", list(self.ranks))
+        _require(not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]),
+                 f"profile.steps is {self.steps}, expected [first, last] with 1 <= first <= last, or [] for none")
+        _require(all(rank >= 0 for rank in self.ranks), f"profile.ranks is {self.ranks}, expected ranks from 0 on")
+        _require(bool(self.steps) or not self.memory, "profile.memory=true needs profile.steps=[first, last]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +421,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         for name in ("train_data", "val_data", "test_data"):
-            object.__setattr__(self, name, os.path.expandvars(getattr(self, name)))
+            object.__setattr__(self, name, expand_variables(getattr(self, name)))
         _require(re.fullmatch(r"none|head|last:[1-9][0-9]*", self.freeze) is not None,
                  f"task.freeze is {self.freeze!r}, expected none, head, or last:N such as last:1")
         _require(0 <= self.val_fraction < 1, f"task.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
@@ -501,6 +534,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    profile: ProfileConfig = ProfileConfig()
     classify: ClassifyConfig = ClassifyConfig()
     instruct: InstructConfig = InstructConfig()
     dpo: DPOConfig = DPOConfig()
@@ -614,19 +648,34 @@ def _names(values: dict[str, dict[str, Any]]) -> set[str]:
             if value is not None}
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The plain values of a YAML text; no tag makes an object. Raises UserError for what is no YAML, and for more than
+    YAML_VALUES values: aliases (`*name`) inside each other stand for any number of them."""
     import yaml
 
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    rest, count = [values], 0
+    while rest:
+        value = rest.pop()
+        count += 1
+        if count > YAML_VALUES:
+            raise UserError(f"{where} stands for more than {YAML_VALUES:,} values: expected a few hundred; write out "
+                            f"what its aliases (*name) repeat")
+        rest += value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
+    return values
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML configuration") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text, path)
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from gptdist import config as config_module
 from gptdist.checkpoint.ranks import Ranks
+from gptdist.cluster import meet
 from gptdist.config import Config
-from gptdist.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER, ActionableError, LockedError, UserError
+from gptdist.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER, ActionableError, LockedError, MissingError, UserError
 from gptdist.faults import ExitRecord
 from gptdist.parallel.host import set_up_process
 from gptdist.parallel.world import end_process, env_rank, env_world_size, init_world
@@ -20,7 +21,8 @@ from gptdist.trainer import Trainer
 
 OUT_OF_MEMORY = ("out of memory: use a smaller train.micro_batch or model, train.activation_checkpointing=full, "
                  "or more processes with parallel.strategy=fsdp")
-# How long the other ranks stay after an error that the main rank prints: launchers end it when one of them is gone.
+# How long the other ranks stay after an error that a user can mend: launchers end the main rank, which says and records
+# it too, when one of them is gone.
 MAIN_RANK_FIRST_S = 2
 LOST_RANK = ("the connection to another rank is gone: it died or was killed (out of memory?): "
              "start again to go on from the last checkpoint")
@@ -33,32 +35,39 @@ def train(path: str, overrides: list[str], *, command: str = "train", debug: boo
 
     command: `train` runs any task; `finetune` refuses pretraining, which a forgotten task.name would mean.
     """
-    rank = env_rank()
     try:
-        config = config_module.load(path, overrides)
-        if command == "finetune" and not config.is_finetuning:
-            raise UserError(f"{path} has task.name=pretrain: set task.name to classify, instruct or dpo, or pretrain "
-                            f"with `gptdist train {path}`")
+        config, fault = _load(path, overrides, command), None
     except UserError as error:
-        # Every rank reads the same file and finds the same fault: one of them says so.
-        if rank != 0:
-            time.sleep(MAIN_RANK_FIRST_S)
-            return error.exit_code
-        raise
-    record = ExitRecord(config.run.dir, rank)
-    code, message = _run(config, record, command, debug)
-    if message is not None:
+        if env_world_size() == 1:
+            raise
+        config, fault = None, error  # the other ranks have to hear of it
+    record = ExitRecord(config.run.dir, env_rank()) if config is not None else None
+    code, message = _run(config, fault, record, command, debug)
+    if message is not None and record is not None:
         record.write(code, message)
+    if env_rank() != 0 and code in (EXIT_USER, MissingError.exit_code):
+        time.sleep(MAIN_RANK_FIRST_S)
     end_process(code)
     return code
 
 
-def _run(config: Config, record: ExitRecord, command: str, debug: bool) -> tuple[int, str | None]:
+def _load(path: str, overrides: list[str], command: str) -> Config:
+    config = config_module.load(path, overrides)
+    if command == "finetune" and not config.is_finetuning:
+        raise UserError(f"{path} has task.name=pretrain: set task.name to classify, instruct or dpo, or pretrain "
+                        f"with `gptdist train {path}`")
+    return config
+
+
+def _run(config: Config | None, fault: UserError | None, record: ExitRecord | None, command: str,
+         debug: bool) -> tuple[int, str | None]:
     """(exit code, one line about it; None: nothing to record, the run directory is another run's).
 
-    Errors are reported here, because the process may end without unwinding.
+    fault: why there is no configuration, and no record. Errors are reported here, because the process may end without
+    unwinding.
     """
     try:
+        meet(config, fault)
         world = init_world(config.parallel)
         set_up_process(world.device)
         record.agree(Ranks(None).on_coordinator(lambda: secrets.token_hex(8)))
@@ -68,15 +77,13 @@ def _run(config: Config, record: ExitRecord, command: str, debug: bool) -> tuple
             traceback.print_exc()
         where = f" [rank {env_rank()}]" if env_world_size() > 1 and not error.agreed else ""
         if env_rank() == 0 or not error.agreed:
-            print(f"gptdist {command}{where}: {error}", file=sys.stderr)
-        else:
-            time.sleep(MAIN_RANK_FIRST_S)
+            print(f"gptdist {command}{where}: {error}", file=sys.stderr, flush=True)
         return error.exit_code, None if isinstance(error, LockedError) else str(error)
     except Exception as error:
         if _is_out_of_memory(error):
             print(f"gptdist {command} [rank {env_rank()}]: {OUT_OF_MEMORY}", file=sys.stderr)
             return EXIT_USER, OUT_OF_MEMORY
-        cause = record.failure()
+        cause = record.failure() if record is not None else None
         if cause is not None and not debug:
             # A rank that fails takes the others' connections down with it: theirs is not the error to show.
             if env_rank() == 0:

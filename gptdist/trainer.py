@@ -33,8 +33,10 @@ from gptdist.faults import StopSignal, clear_exit_record, lock_run_dir
 from gptdist.metrics import Metrics, flops_per_token, peak_flops
 from gptdist.optim.build import build_optimizer
 from gptdist.optim.schedule import lr_factor
+from gptdist.parallel.rank_times import RankTimes
 from gptdist.parallel.strategies import make_strategy
 from gptdist.parallel.world import World
+from gptdist.profiling import StepProfiler
 from gptdist.tasks import make_task
 from gptdist.tasks.task import check_resumed
 
@@ -62,6 +64,11 @@ class TrainState:
         names = {field.name for field in dataclasses.fields(cls)}
         if set(values) != names:
             raise UserError(f"{checkpoint}: train_state.json has keys {sorted(values)}, expected {sorted(names)}")
+        for field in dataclasses.fields(cls):
+            value = values[field.name]
+            if not isinstance(value, (int, float, type(None)) if "float" in str(field.type) else field.type):
+                raise UserError(f"{checkpoint}: train_state.json has {field.name}={str(value)[:40]!r}, expected "
+                                f"{field.type}: use another checkpoint")
         return cls(**values)
 
 
@@ -93,7 +100,8 @@ class Trainer:
         def check() -> None:
             if ours != theirs:
                 raise UserError(f"rank {self.world.rank} read other data or another tokenizer than rank 0 from "
-                                f"{self.task.data_name}: give every node the same files")
+                                f"{self.task.data_name} (hashes {ours[0][:12]} and {ours[1][:12]}, rank 0: "
+                                f"{theirs[0][:12]} and {theirs[1][:12]}): give every node the same files")
 
         self.ranks.on_all(check)
 
@@ -258,20 +266,27 @@ class Trainer:
                 workers=self.config.data.workers) as batches:
             bar = progress.add_task("train", total=steps, completed=self.state.step, note="")
             waited = 0.0
+            self.rank_times = RankTimes(self.world)
+            profiler = StepProfiler(self.config.profile, self.run_dir, self.world.rank, self.world.device)
             for batch in batches:
+                profiler.before(batch.step + 1)
                 started = time.perf_counter()
                 row = self._step(batch)
+                self.rank_times.end_step(batches.wait_s)
                 row["data_wait_share"] = (batches.wait_s - waited) / (
                     time.perf_counter() - started + batches.wait_s - waited)
                 waited = batches.wait_s
                 stopping = row.pop("stop") > 0
                 self._report(row, progress, bar)
+                self._note_files(profiler.after(self.state.step))
                 self._evaluate_and_save(stopping)
+                self.rank_times.pause()
                 if self.state.step == self.config.train.last_step:
                     break
                 if stopping:
                     code = EXIT_REQUEUE
                     break
+            self._note_files(profiler.finish(self.state.step))
         if code == EXIT_REQUEUE:
             self.console.print(f"stopped by a signal at step {self.state.step}, checkpoint saved: start again to go on")
         return code
@@ -281,7 +296,8 @@ class Trainer:
         started, config = time.perf_counter(), self.config
         counts = torch.tensor([batch.n_targets, batch.data_hash, self.stop.received, batch.n_tokens, batch.n_positions,
                                self.saver.failed], dtype=torch.int64)
-        n_targets, data_hash, stop, n_tokens, n_positions, save_failed = self.world.sum(counts).tolist()
+        with self.rank_times.synchronising():
+            n_targets, data_hash, stop, n_tokens, n_positions, save_failed = self.world.sum(counts).tolist()
         if save_failed:
             self.saver.settle()
         key = self.task.dropout_key(batch.step)
@@ -328,8 +344,14 @@ class Trainer:
         note = f"loss {row['loss']:.4f}  norm {row['grad_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s"
         progress.update(bar, completed=step, note=note)
         due = step % self.config.run.log_every == 0 or step == self.config.train.last_step
+        if due and (times := self.rank_times.row()) and self.metrics is not None:
+            self.metrics.write("ranks", step, **times)
         if due and not self.console.is_terminal:
             self.console.print(f"step {step}  {note}  lr {row['lr']:.2e}")
+
+    def _note_files(self, written: list[Path]) -> None:
+        for path in written:
+            self.console.print(f"profile: {path}")
 
     def _evaluate_and_save(self, stopping: bool) -> None:
         step, config = self.state.step, self.config

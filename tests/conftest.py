@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,12 @@ def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **en
     """`python -m gptdist ARGS` in a process of its own."""
     return subprocess.run([sys.executable, "-m", "gptdist", *args], capture_output=True, text=True, cwd=ROOT,
                           input=stdin, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:

@@ -4,6 +4,7 @@
 the same error on every rank, and leaves nothing behind.
 """
 
+import math
 import os
 import shutil
 import warnings
@@ -215,11 +216,19 @@ def checked_index(path: Path) -> Index:
     """index.json of a complete checkpoint, every file it names being in the manifest."""
     manifest = complete(path)
     index = decode(read_checked(path, INDEX_NAME, manifest.files[INDEX_NAME]), path / INDEX_NAME)
+    claimed: dict[str, int] = {}
     for key, entry in index.items():
-        if unknown := [chunk.file for chunk in entry.chunks if chunk.file not in manifest.files]:
-            why = f"{key} lies in {unknown[0]}, which {MANIFEST_NAME} does not name"
-            raise UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
+        for chunk in entry.chunks:
+            claimed[chunk.file] = claimed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+            if chunk.file not in manifest.files:
+                raise _damaged(path, f"{key} lies in {chunk.file}, which {MANIFEST_NAME} does not name")
+            if claimed[chunk.file] > manifest.files[chunk.file].size:  # memory is asked for before a file is read
+                raise _damaged(path, f"{INDEX_NAME} claims more bytes in {chunk.file} than it has, up to {key}")
     return index
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
 
 
 def _grown(entry: Entry, shape: torch.Size) -> Entry:

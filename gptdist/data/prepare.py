@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gptdist.config import DataConfig
+from gptdist.config import DataConfig, expand_variables
 from gptdist.data.clean import (
     Cleaner,
     Duplicates,
@@ -119,7 +119,7 @@ def _check_unfinished(directory: Path, identity: dict[str, Any], overwrite: bool
 
 def prepare_input(config: DataConfig) -> None:
     """Make data.path of the text data.input, where it is not there. Raises UserError where it is, of something else."""
-    path, text = Path(config.path), os.path.expandvars(config.input)
+    path, text = Path(config.path), expand_variables(config.input)
     if "$" in text and not Path(text).exists():
         raise UserError(f"data.input={config.input}: the environment lacks that variable; set it, or give "
                         f"--data.input=FILE")

@@ -6,7 +6,6 @@ checkpoints' layout or of how the model is spread.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,7 +175,7 @@ def check_equal(checkpoint: Path, saved: Config, wanted: Config, name: str, advi
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, data_name: str) -> None:
     """Raise UserError if the checkpoint's tokenizer is not that of the data."""
-    saved = json.loads(layout.read_file(checkpoint, "tokenizer/tokenizer.json"))["hash"]
+    saved = str(layout.read_table(checkpoint, "tokenizer/tokenizer.json").get("hash"))
     if saved != tokenizer.hash:
         raise UserError(f"{checkpoint} was trained with tokenizer {saved[:12]}, but {data_name} was prepared with "
                         f"{tokenizer.hash[:12]}: prepare the data with --tokenizer {checkpoint / 'tokenizer'}")
