@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, UserError
+from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, ReplicaError, UserError
 
 T = TypeVar("T")
 
@@ -37,12 +37,16 @@ class Ranks:
     def on_all(self, do: Callable[[], T]) -> T:
         """Run `do` on every rank; if it fails on any, it fails on all, with the error of the lowest rank."""
         result, error = _attempt(do)
-        faults: list[Any] = [_describe(error)]
-        if self.distributed:
-            faults = [None] * self.world
-            dist.all_gather_object(faults, _describe(error), group=self.group)
-        _raise_first(error, faults)
+        _raise_first(error, self.gather(_describe(error)))
         return result
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values: list[Any] = [value]
+        if self.distributed:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -52,7 +56,7 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, e
 
 
-_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError)}
+_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError, ReplicaError)}
 
 
 def _describe(error: BaseException | None) -> tuple[str, str] | None:
