@@ -201,11 +201,29 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "full"] | int = _option(
         "none", "recompute in backward: none, full (every block), or n: every n-th block")
     compile: bool = _option(False, "torch.compile each block")
-    max_bad_steps: int = _option(10, "stop after this many consecutive steps whose gradient is not finite")
+    on_nonfinite: Literal["skip", "rewind", "stop"] = _option(
+        "skip", "a step whose loss or gradient is not finite: skip leaves its update out; rewind goes back to the "
+                "newest checkpoint and on with the samples after this step's; stop ends the run")
+    on_spike: Literal["skip", "rewind", "stop"] = _option("skip", "the same for a step that is a spike")
+    spike_loss: float = _option(0.0, "a spike: a loss of more nats than this above the median of the last spike_window "
+                                     "steps that were taken; 0: off")
+    spike_norm: float = _option(0.0, "a spike: a gradient norm of more than this times their median; 0: off")
+    spike_window: int = _option(100, "steps that a spike is compared with; the first ones are not judged")
+    max_bad_steps: int = _option(10, "stop after this many steps in a row that were skipped, or as many rewinds to one "
+                                     "checkpoint")
+    replica_check_every: int = _option(
+        0, "steps between checks, and one before each checkpoint, that what several ranks hold alike is alike: all of "
+           "ddp, the copies of hsdp, working weights of zero1 and zero2, weights that parallel.tensor does not divide. "
+           "0: off")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "batch", "micro_batch", "max_bad_steps"):
+        for name in ("steps", "tokens_per_step", "batch", "micro_batch", "max_bad_steps", "spike_window"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("spike_loss", "spike_norm", "replica_check_every"):
+            _require(0 <= getattr(self, name) < float("inf"),
+                     f"train.{name} is {getattr(self, name)}, expected 0 (off) or more")
+        _require(self.spike_norm == 0 or self.spike_norm > 1,
+                 f"train.spike_norm is {self.spike_norm}, expected 0 (off) or more than 1, times the median")
         _require(0 <= self.epochs < float("inf"), f"train.epochs is {self.epochs}, expected 0 (off) or more")
         _require(self.stop_at >= 0, f"train.stop_at is {self.stop_at}, expected 0 (off) or a step")
         _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
@@ -217,6 +235,14 @@ class TrainConfig:
         if self.precision != "auto":
             return self
         return dataclasses.replace(self, precision="bf16" if all_have_bf16 else "fp32")
+
+    @property
+    def looks_for_spikes(self) -> bool:
+        return self.spike_loss > 0 or self.spike_norm > 0
+
+    @property
+    def may_rewind(self) -> bool:
+        return self.on_nonfinite == "rewind" or (self.looks_for_spikes and self.on_spike == "rewind")
 
     @property
     def last_step(self) -> int:
@@ -374,10 +400,15 @@ class RunConfig:
     tensorboard: bool = _option(True, "write TensorBoard scalars to RUN_DIR/tensorboard")
     wandb: str | None = _option(None, "Weights & Biases project to log to (the extra `wandb`); its key comes from "
                                       "the environment (WANDB_API_KEY) or `wandb login`, and is saved nowhere")
+    hang_timeout_s: float = _option(
+        600.0, "seconds without progress of any rank after which the run writes RUN_DIR/hang-report-*.txt and ends "
+               "with exit code 75; parallel.timeout_s before the first step. 0: off")
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir is empty, expected the run's directory")
         _require(self.log_every > 0, f"run.log_every is {self.log_every}, expected at least 1")
+        _require(0 <= self.hang_timeout_s < float("inf"),
+                 f"run.hang_timeout_s is {self.hang_timeout_s}, expected 0 (off) or more seconds")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}, expected 0 <= seed < 2^63")
 
 
@@ -569,6 +600,12 @@ class Config:
                      f"checkpoints")
         _require(not self.eval.prompt or not self.is_finetuning,
                  f"eval.prompt is for pretraining, but task.name={self.task.name}: leave it out")
+        _require(not self.train.may_rewind or self.checkpoint.every > 0,
+                 "train.on_nonfinite or train.on_spike is rewind, but checkpoint.every=0 leaves nothing to go back to: "
+                 "set checkpoint.every")
+        _require(not self.train.may_rewind or self.task.name != "dpo" or self.lora.rank > 0,
+                 "train.on_nonfinite or train.on_spike is rewind with task.name=dpo: the samples that take the place "
+                 "of others may have no reference of the model at the start; use skip or stop, or lora.rank")
         self._check_muon()
         self._check_tensor_parallel()
         # An input that is divided by channels has no mask that is the same however many processes divide it.

@@ -61,6 +61,16 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in scalars.items()}, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, from which the run goes on again."""
+        with _writing(self.path):
+            self._file.close()
+            _truncate(self.path, step)
+            self._file = self.path.open("a", encoding="utf-8")
+            if self._board is not None:
+                self._board.close()
+                self._board = _tensorboard(self.path.parent, step)
+
     def close(self) -> None:
         with _writing(self.path):
             self._file.close()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, UserError
+from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, ReplicaError, UserError
 
 T = TypeVar("T")
 Fault = tuple[str, str, str]
@@ -39,13 +39,19 @@ class Ranks:
     def on_all(self, do: Callable[[], T]) -> T:
         """Run `do` on every rank; if it fails on any, it fails on all, with the error of the lowest rank."""
         result, error = _attempt(do)
-        faults: list[Any] = [_describe(error)]
+        faults = self.gather(_describe(error))
         if self.distributed:
-            faults = [None] * self.world
-            dist.all_gather_object(faults, _describe(error), group=self.group)
             faults = [fault and _located(rank, fault, None in faults) for rank, fault in enumerate(faults)]
         _raise_first(error, faults)
         return result
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values: list[Any] = [value]
+        if self.distributed:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -55,7 +61,7 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, e
 
 
-_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError)}
+_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError, ReplicaError)}
 
 
 def _describe(error: BaseException | None) -> Fault | None:

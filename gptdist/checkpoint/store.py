@@ -54,17 +54,23 @@ def save(
     return write(Path(root), step, SharePlanner(tensors, ranks.rank, ranks.world), files or {}, ranks)
 
 
-def write(root: Path, step: int, planner: SharePlanner, files: Mapping[str, bytes], ranks: Ranks) -> Path:
-    """`save` of what the planner holds. No rank returns or raises before all is published or cleaned away."""
+def write(root: Path, step: int, planner: SharePlanner, files: Mapping[str, bytes], ranks: Ranks,
+          note: Callable[[str], None] = lambda phase: None) -> Path:
+    """`save` of what the planner holds. No rank returns or raises before all is published or cleaned away.
+
+    note: called with the phase that begins or goes on: plan, write, seal, rename.
+    """
+    note("plan")
     temporary = ranks.on_coordinator(lambda: _begin(root, step))
-    writer, error = SafetensorsWriter(temporary), None
+    writer, error = SafetensorsWriter(temporary, lambda: note("write")), None
     try:
         try:
             _plan_and_write(writer, planner, ranks)
         except CheckpointException as e:  # raised on every rank
             error = _cause(e)
         if error is None:
-            return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files))
+            note("seal")
+            return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files, note))
         ranks.on_coordinator(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise error
     except BaseException:
@@ -142,13 +148,15 @@ def _begin(root: Path, step: int) -> Path:
 
 
 def _publish(
-    root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes]
+    root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes],
+    note: Callable[[str], None],
 ) -> Path:
     """Everything after the tensors: the other files, the manifest, the rename."""
     final = root / step_name(step)
     try:
         with user_errors("save to"):
             seal(temporary, step, shards, files)
+            note("rename")
             refuse_existing(final)
             with naming(final):
                 os.rename(temporary, final)

@@ -130,6 +130,9 @@ class Task:
     def resumed(self, checkpoint: Path) -> None:
         """Called when a run goes on from `checkpoint`, whose tensors are loaded; to read what files() put there."""
 
+    def rewound(self, step: int) -> None:
+        """Called when the run has gone back to `step` because of a later step; to drop what was written since."""
+
     def started(self, strategy: Strategy) -> None:
         """Called once the weights are there, before the first step."""
 
