@@ -247,7 +247,9 @@ def filter_logits(logits: Tensor, previous: Sequence[int], sampling: Sampling) -
     if sampling.top_p < 1.0:
         ordered, ids = logits.sort(descending=True)
         mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits[ids[mass_before >= sampling.top_p]] = -torch.inf  # the most likely token always stays
+        removed = mass_before >= sampling.top_p
+        removed[0] = False  # the likeliest stays for any top_p, which in fp32 may be 0
+        logits[ids[removed]] = -torch.inf
     return logits
 
 

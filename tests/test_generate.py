@@ -158,7 +158,8 @@ def test_filters():
     p = logits.softmax(0)  # 0.03 0.09 0.24 0.64
     kept = filter_logits(logits, [], Sampling(top_p=0.7))
     assert kept.isinf().tolist() == [True, True, False, False], p
-    assert filter_logits(logits, [], Sampling(top_p=0.01)).isinf().tolist() == [True, True, True, False]
+    for top_p in (0.01, 5e-324):  # the smallest number, which fp32 does not have
+        assert filter_logits(logits, [], Sampling(top_p=top_p)).isinf().tolist() == [True, True, True, False]
     assert filter_logits(logits, [], Sampling(temperature=0.5)).tolist() == [2.0, 4.0, 6.0, 8.0]
     penalised = filter_logits(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], Sampling(repetition_penalty=2.0))
     assert penalised.tolist() == [1.0, -4.0, 1.0]

@@ -237,19 +237,38 @@ def test_scores_end_where_a_stop_string_begins(alone):
     assert len(shown) <= len(text.encode()) + 3
 
 
+def test_a_failing_row_ends_alone(alone, capsys):
+    delivered = []
+    engine = Engine(alone.model, alone.tokenizer, Limits(), delivered.extend)
+    choose = engine._choose
+
+    def broken(row, logits, sampling):
+        if sampling.seed == 13:
+            raise RuntimeError("thirteen")
+        return choose(row, logits, sampling)
+
+    engine._choose = broken
+    bad, good = (engine.submit([[65]], Sampling(max_new_tokens=3, temperature=0, seed=seed)) for seed in (13, 14))
+    engine.start()
+    wait_for(lambda: any(e.job is good and e.finish for e in delivered))
+    assert [e.error for e in delivered if e.job is bad] == ["failed"]
+    engine.close()
+    assert "thirteen" in capsys.readouterr().err
+    assert (engine.failures, engine.n_pages_used) == (1, 0)
+
+
 def test_a_failing_step_ends_its_rows_and_nothing_else(alone, capsys):
     delivered = []
     engine = Engine(alone.model, alone.tokenizer, Limits(), delivered.extend)
-    broken = engine._choose
+    forward = engine._forward
 
-    def choose(row, logits, sampling):
-        if sampling.seed == 13:
-            raise RuntimeError("thirteen")
-        return broken(row, logits, sampling)
+    def broken(*args):
+        engine._forward = forward
+        raise RuntimeError("thirteen")
 
-    engine._choose = choose
+    engine._forward = broken
     engine.start()
-    bad = engine.submit([[65]], Sampling(seed=13))
+    bad = engine.submit([[65]], Sampling())
     wait_for(lambda: any(e.job is bad and e.error == "failed" for e in delivered))
     good = engine.submit([[65]], Sampling(max_new_tokens=3, temperature=0))
     wait_for(lambda: any(e.job is good and e.finish for e in delivered))

@@ -197,7 +197,7 @@ class Engine(Generator):
             tokens = torch.tensor([[row.tokens[-1]] for row in going_on])
             logits = self._compute(going_on, tokens, [1] * len(going_on))
             for row, scores in zip(going_on, logits, strict=True):
-                self._next(row, scores)
+                self._try_next(row, scores)
 
     def _dismiss(self) -> None:
         """Rows of jobs that were cancelled, or took too long, leave."""
@@ -248,7 +248,7 @@ class Engine(Generator):
         for row, logits in zip(chosen, self._compute(chosen, tokens, counts), strict=True):
             if not row.in_prompt:
                 self.pool.remember(row.tokens, row.pages)
-                self._next(row, logits)
+                self._try_next(row, logits)
 
     def _compute(self, rows: list[BatchRow], tokens: Tensor, counts: list[int]) -> Tensor:
         """tokens (B, T), of which the first counts[b] are real -> logits (B, V) after each row's last real token."""
@@ -257,6 +257,17 @@ class Engine(Generator):
         for row, count in zip(rows, counts, strict=True):
             row.written += count
         return logits
+
+    def _try_next(self, row: BatchRow, logits: Tensor) -> None:
+        """_next, whose failure is that of one row."""
+        try:
+            self._next(row, logits)
+        except Exception:
+            traceback.print_exc()
+            self.failures += 1
+            if row in self.rows:
+                self._leave(row)
+            self._events.append(Event(row.job, row.index, error="failed"))
 
     def _next(self, row: BatchRow, logits: Tensor) -> None:
         """Choose a row's next token from its logits (V,); an event tells what can be shown of it."""
