@@ -1,12 +1,13 @@
 """One node's part of a job: torchrun's elastic agent, which starts workers again only where that may help.
 
 launch/multinode.sh runs this on every node. Where plain torchrun restarts whatever failed and ends with 1, this one
-looks at what the workers' exit codes and RUN_DIR/exit.json say: the user's input (2), a missing device (3) and a bug (1)
-end the job at once on all nodes; a killed worker or a lost node starts the workers again from the last checkpoint, on as
-many nodes as are there; a stop signal ends it with 75, for the scheduler to start it again.
+looks at what the workers' exit codes and RUN_DIR/exit.json say: the user's input (2), a missing device (3) and a bug
+(1) end the job at once on all nodes; a killed worker or a lost node starts the workers again from the last checkpoint,
+on as many nodes as are there; a stop signal ends it with 75, for the scheduler to start it again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -18,7 +19,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -192,8 +193,9 @@ def is_this_machine(host: str) -> bool:
 
 def port_is_free(port: int) -> bool:
     dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
         return True
     except OSError:
         return False
@@ -235,10 +237,38 @@ def wait_for_endpoint(host: str, port: int, timeout_s: float) -> None:
                 say(f"waiting for {host}:{port} ({error})")
                 told = True
             time.sleep(1)
+    if not is_rendezvous(host, port):
+        raise UserError(taken(host, port))
+
+
+def is_rendezvous(host: str, port: int) -> bool:
+    """Whether a store of torch's answers there. The client waits without end for a program that says nothing."""
+    found = []
+
+    def greet() -> None:
+        with contextlib.suppress(RuntimeError):  # the answer is another program's
+            dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=HANDSHAKE_S))
+            found.append(True)
+
+    client = threading.Thread(target=greet, daemon=True)
+    with quiet():  # the client prints C++ frames for every try
+        client.start()
+        client.join(HANDSHAKE_S + 1)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that this process writes to stderr appears, C++ included."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
-        dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=HANDSHAKE_S))
-    except (dist.DistError, RuntimeError):
-        raise UserError(f"{taken(host, port)}") from None
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def taken(host: str, port: int) -> str:

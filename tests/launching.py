@@ -87,4 +87,5 @@ def assert_same_weights(run: Path, reference: Path, *, atol: float) -> None:
     a, b = TensorReader(ours), TensorReader(theirs)
     assert sorted(a.index) == sorted(b.index)
     for name in a.index:
-        torch.testing.assert_close(a.read(name), b.read(name), rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(a.read(name), b.read(name), rtol=0, atol=atol,
+                                   msg=lambda text, name=name: f"{name}: {text}")

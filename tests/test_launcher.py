@@ -174,8 +174,8 @@ def test_the_lock_of_the_same_job_is_waited_for(tmp_path, monkeypatch):
 
 
 def multinode(*arguments, **env):
-    return subprocess.run(["bash", "launch/multinode.sh", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, stdin=subprocess.DEVNULL, env=os.environ | ENV | env)
+    return subprocess.run(["bash", "launch/multinode.sh", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, stdin=subprocess.DEVNULL, env=os.environ | ENV | env)
 
 
 @pytest.fixture
@@ -193,8 +193,8 @@ def test_an_unknown_host_is_named_before_anything_starts(tmp_path, fake_ssh):
     hostfile.write_text("# two hosts\nlocalhost slots=1\n\nnowhere slots=1\n")
     done = multinode("--hosts", hostfile, "configs/debug.yaml", GPTDIST_SSH=fake_ssh)
     assert (done.returncode, done.stdout) == (EXIT_MISSING, "")
-    assert done.stderr == ("multinode.sh: cannot reach host nowhere: ssh: unknown host nowhere: check its name, and that "
-                           "ssh needs no password\n")
+    assert done.stderr == ("multinode.sh: cannot reach host nowhere: ssh: unknown host nowhere: check its name, and "
+                           "that ssh needs no password\n")
 
 
 def test_a_killed_worker_starts_again_and_bad_input_does_not(dataset, tmp_path, fake_ssh):

@@ -109,7 +109,7 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str) -> str:
-        """The number of a job of two nodes with a process each. Their names do not resolve here: the endpoint is given."""
+        """The number of a job on two nodes with a process each. Their names do not resolve, so it gets an endpoint."""
         endpoint = f"127.0.0.1:{self.rendezvous_port}"
         return self("sbatch", "--parsable", "--nodes=2", f"--output={self.folder}/%j.out", "launch/train.sbatch",
                     "--endpoint", endpoint, *arguments)
