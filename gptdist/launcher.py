@@ -426,6 +426,8 @@ def run_agent(job: Job, options: api.LaunchConfig, command: list[str]) -> int:
     """Run this node's workers to the end of the job; its exit code, the same on every node."""
     agent: Callable[..., Agent] = lambda **given: Agent(job, **given)  # noqa: E731
     api.LocalElasticAgent = agent
+    # torch 2.13 keeps the workers' store for the next start, whose workers read the addresses of the dead ones in it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         api.elastic_launch(options, sys.executable)(*command)
         return EXIT_DONE
@@ -460,7 +462,8 @@ def lost_code(job: Job, options: api.LaunchConfig, error: Exception) -> int:
 
 
 def stop_at_eof() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

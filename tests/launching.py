@@ -19,9 +19,9 @@ from tests.conftest import ROOT
 from tests.training import tiny_config, train_rows
 
 MULTINODE = "launch/multinode.sh"
-# Some 0.1 s a step on one core, so that there is a middle to be killed in; a checkpoint every 5 steps.
-SLOW = ("--model.width=128", "--model.context=64", f"--train.tokens_per_step={11 * 64}", "--checkpoint.every=5",
-        "--eval.every=0", "--run.log_every=1")
+# Some 30 ms a step on one core, so that there is a middle to be killed in; a checkpoint every 5 steps.
+SLOW = ("--model.width=64", "--model.context=64", f"--train.tokens_per_step={11 * 64}", "--optim.lr=1e-3",
+        "--checkpoint.every=5", "--eval.every=0", "--run.log_every=1")
 # `python` in launch/ is the one that runs the tests.
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 QUICK = ("--last-call", "2", "--keep-alive", "3", "--grace", "30")  # of the launcher
@@ -57,12 +57,12 @@ def tree(pid: int) -> list[int]:
     return [pid, *(found for child in children for found in tree(child))]
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 180,
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 300,
                logs: Sequence[Path] = ()) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n{tails(logs)}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def tails(logs: Sequence[Path]) -> str:
