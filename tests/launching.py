@@ -24,7 +24,7 @@ SLOW = ("--model.width=64", "--model.context=64", f"--train.tokens_per_step={11 
         "--checkpoint.every=5", "--eval.every=0", "--run.log_every=1")
 # `python` in launch/ is the one that runs the tests.
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-QUICK = ("--last-call", "2", "--keep-alive", "3", "--grace", "30")  # of the launcher
+QUICK = ("--last-call", "10", "--keep-alive", "9", "--grace", "60")  # of the launcher
 
 
 def write_config(path: Path, data: Path, run: Path, *overrides: str) -> Path:
@@ -57,7 +57,7 @@ def tree(pid: int) -> list[int]:
     return [pid, *(found for child in children for found in tree(child))]
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 300,
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 600,
                logs: Sequence[Path] = ()) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -66,7 +66,7 @@ class Job:
         """The exit codes after a stop signal to all."""
         for launcher in self.launchers:
             launcher.send_signal(signal.SIGTERM)
-        return [launcher.wait(timeout=120) for launcher in self.launchers]
+        return [launcher.wait(timeout=300) for launcher in self.launchers]
 
     def end(self) -> None:
         for launcher in self.launchers:
@@ -159,7 +159,7 @@ def test_a_launcher_is_killed_and_started_again(dataset, tmp_path):
         job.start(1)
         job.wait_for_world(2)
         kill_all(job.launchers[0])
-        assert job.launchers[1].wait(timeout=120) == EXIT_REQUEUE, tails(job.logs)
+        assert job.launchers[1].wait(timeout=300) == EXIT_REQUEUE, tails(job.logs)
         assert "the rendezvous at 127.0.0.1:29471 is gone: the first node died" in job.logs[1].read_text()
         for i in range(2):
             job.start(i)

@@ -20,7 +20,7 @@ from tests.training import assert_same_curve, train_rows
 
 pytestmark = pytest.mark.long
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-STEPS = 40
+STEPS = 30
 
 CONF = """\
 ClusterName=gptdist
@@ -74,7 +74,8 @@ class Cluster:
         (self.folder / "state").mkdir()
         conf = CONF.format(folder=self.folder, host=socket.gethostname(), ports=free_ports(3))
         (self.folder / "slurm.conf").write_text(conf)
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        version = float(re.search(r"\d+\.\d+", self("slurmd", "-V"))[0])
+        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if version >= 23.02 else 'cgroup/v1'}\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -121,7 +122,7 @@ class Cluster:
         """The job after its end: for good, or back in the queue and through it."""
         logs = [self.folder / f"{number}.out"]
         wait_until(lambda: self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"),
-                   f"the end of job {number}", timeout_s=300, logs=[*self.logs(), *logs])
+                   f"the end of job {number}", timeout_s=900, logs=[*self.logs(), *logs])
         return self.job(number)
 
     def output(self, number: str) -> str:
