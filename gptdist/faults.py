@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from gptdist.errors import LockedError
+from gptdist.errors import EXIT_REQUEUE, LockedError
 
 STOPPED = "stopped by a signal, checkpoint saved"  # the message of exit.json that launchers know a stop by
 LOCK_WAIT_S = 180  # for what is left of the same job: NFS keeps the locks of a vanished node for its lease, often 90 s
@@ -58,14 +58,15 @@ class ExitRecord:
     def write(self, code: int, message: str) -> None:
         if self.failure() is not None:
             return
-        record = {"code": code, "rank": self.rank, "message": message, "start": self.start, "time": time.time()}
+        told = message or (STOPPED if code == EXIT_REQUEUE else "")
+        record = {"code": code, "rank": self.rank, "message": told, "start": self.start, "time": time.time()}
         temporary = self.path.with_name(f".exit.json.{self.rank}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(record) + "\n")
             os.replace(temporary, self.path)
         except OSError as error:
-            if message in ("", STOPPED):  # else a failure has been reported, and this is likely its consequence
+            if not message:  # a failure has been reported, and this is likely its consequence
                 print(f"gptdist: cannot write {self.path}: {error.strerror}", file=sys.stderr)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

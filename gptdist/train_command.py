@@ -13,7 +13,7 @@ from gptdist import config as config_module
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.config import Config
 from gptdist.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER, ActionableError, LockedError, UserError
-from gptdist.faults import STOPPED, ExitRecord
+from gptdist.faults import ExitRecord
 from gptdist.parallel.host import set_up_process
 from gptdist.parallel.world import end_process, env_rank, env_world_size, init_world
 from gptdist.trainer import Trainer
@@ -62,8 +62,7 @@ def _run(config: Config, record: ExitRecord, command: str, debug: bool) -> tuple
         world = init_world(config.parallel)
         set_up_process(world.device)
         record.agree(Ranks(None).on_coordinator(lambda: secrets.token_hex(8)))
-        code = Trainer(config, world).run()
-        return code, STOPPED if code == EXIT_REQUEUE else ""
+        return Trainer(config, world).run(), ""
     except ActionableError as error:
         if debug:
             traceback.print_exc()
