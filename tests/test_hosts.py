@@ -76,8 +76,8 @@ class Job:
         """The curve and the weights are those of one process that was left alone."""
         steps = steps_done(self.run)
         rows = run_tiny(self.dataset, folder / "reference", *SLOW, ENDLESS, f"--train.stop_at={steps}")
-        assert_same_curve(train_rows(self.run), rows)
-        assert_same_weights(self.run, folder / "reference", atol=1e-4)
+        assert_same_curve(train_rows(self.run), rows, norm=1e-3)
+        assert_same_weights(self.run, folder / "reference", atol=1e-3)
 
 
 def ip(*words: str) -> None:

@@ -220,7 +220,7 @@ def test_a_killed_worker_starts_again(dataset, tmp_path, fake_ssh):
     assert "starting again, 1 of 3 restarts" in log.read_text()
     assert exit_record(run)["code"] == 0
     rows = run_tiny(dataset, tmp_path / "reference", *SLOW, "--train.steps=40")
-    assert_same_curve(train_rows(run), rows)
+    assert_same_curve(train_rows(run), rows, norm=1e-3)
 
 
 def is_worker(pid, config):
