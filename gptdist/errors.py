@@ -30,6 +30,12 @@ class LockedError(UserError):
     """Another run is up in the run directory, whose files are not this start's to touch."""
 
 
+class LostError(ActionableError):
+    """Other ranks are not there, or no longer. The same start may go well another time."""
+
+    exit_code = EXIT_REQUEUE
+
+
 class MissingError(ActionableError):
     """A device, tool or package that was asked for is not there. The message says which, and how to get it."""
 

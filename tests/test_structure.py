@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gptdist"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train_command", "serve", "convert", "chat", "sweep"},
+    {"train_command", "launcher", "serve", "convert", "chat", "sweep"},
     {"trainer"},
     {"tasks", "evaluate", "generate"},
     {"checkpoint"},

@@ -12,8 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from gptdist.errors import LockedError
+from gptdist.errors import EXIT_REQUEUE, LockedError
+
+STOPPED = "stopped by a signal, checkpoint saved"  # the message of exit.json that launchers know a stop by
+LOCK_WAIT_S = 180  # for what is left of the same job: NFS keeps the locks of a vanished node for its lease, often 90 s
 
 
 class StopSignal:
@@ -57,7 +61,8 @@ class ExitRecord:
     def write(self, code: int, message: str) -> None:
         if self.failure() is not None:
             return
-        record = {"code": code, "rank": self.rank, "message": message, "start": self.start, "time": time.time()}
+        told = message or (STOPPED if code == EXIT_REQUEUE else "")
+        record = {"code": code, "rank": self.rank, "message": told, "start": self.start, "time": time.time()}
         temporary = self.path.with_name(f".exit.json.{self.rank}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +83,38 @@ def clear_exit_record(run_dir: str | Path) -> None:
 def lock_run_dir(run_dir: str | Path) -> Iterator[None]:
     """Hold RUN_DIR/.lock while a run is up; the kernel lets go of it however the process ends.
 
-    Raises LockedError if another process holds it. A file system without locks is used unlocked, with a warning.
+    Raises LockedError if another process holds it; one of the same job, which a launcher started before this, is waited
+    for. A file system without locks is used unlocked, with a warning.
     """
-    with (Path(run_dir) / ".lock").open("w") as file:
+    job = _job()
+    with (Path(run_dir) / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, job)
+            file.truncate(0)
+            file.write(job)
+            file.flush()
         except BlockingIOError:
             raise LockedError(f"another process is training in run.dir={run_dir}: wait for it, or choose another "
                               f"run.dir") from None
         except OSError as error:
             print(f"gptdist: {run_dir} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
         yield
+
+
+def _job() -> str:
+    """The job that a launcher says this process belongs to; "": unknown."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if job == "none" else job  # torchrun's default
+
+
+def _lock(file: TextIO, job: str) -> None:
+    """Raises BlockingIOError if a process of another job holds the lock, or one of this job for LOCK_WAIT_S."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if not job or file.read() != job or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

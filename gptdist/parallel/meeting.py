@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from gptdist.errors import UserError
+from gptdist.errors import LostError, UserError
 
 T = TypeVar("T")
 _CALLS = itertools.count()  # the keys of one call are not those of the next
@@ -54,7 +54,7 @@ def is_loopback(address: str) -> bool:
 def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: int, timeout_s: int) -> T:
     """What `judge` says, on rank 0, of the facts of all ranks, by rank; a collective call without a process group.
 
-    Facts and judgement are whatever JSON has. Raises UserError if not all ranks come within `timeout_s`.
+    Facts and judgement are whatever JSON has. Raises LostError if not all ranks come within `timeout_s`.
     """
     if size == 1:
         return judge([facts])
@@ -73,7 +73,7 @@ def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: i
             time.sleep(0.01)
         return judgement
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UserError(f"rank {rank} on {socket.gethostname()} waited {timeout_s} s (parallel.timeout_s) at most for "
+        raise LostError(f"rank {rank} on {socket.gethostname()} waited {timeout_s} s (parallel.timeout_s) at most for "
                         f"all {size} processes to start: see what the others say ({str(error).splitlines()[0]:.150})"
                         ) from error
 

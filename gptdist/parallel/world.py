@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gptdist.config import ParallelConfig
-from gptdist.errors import MissingError, UserError
+from gptdist.errors import LostError, MissingError, UserError
 from gptdist.parallel.host import physical_cores
 from gptdist.parallel.meeting import open_store
 
@@ -78,7 +78,8 @@ class World:
 def init_world(config: ParallelConfig) -> World:
     """Read the launcher's environment, choose the device, join the process group, set the CPU threads.
 
-    Raises UserError for a strategy that does not fit the number of processes, MissingError for an absent GPU.
+    Raises UserError for a strategy that does not fit the number of processes, MissingError for an absent GPU, LostError
+    where not all processes join.
     """
     rank, size = env_rank(), env_world_size()
     local_size = env_local_world_size()
@@ -137,7 +138,11 @@ def join(device: torch.device, rank: int, size: int, timeout_s: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Without a launcher a world of one needs no address: an in-process store serves.
     store = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else open_store(rank, size, timeout_s)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size)
+    except RuntimeError as error:
+        raise LostError(f"not all of the {size} processes met: one died at its start, or the network does not let them "
+                        f"reach each other ({str(error).partition(chr(10))[0]})") from error
 
 
 def end_process(code: int) -> None:

@@ -1,0 +1,496 @@
+"""One node's part of a job: torchrun's elastic agent, which starts workers again only where that may help.
+
+launch/multinode.sh runs this on every node. Where plain torchrun restarts whatever failed and ends with 1, this one
+looks at what the workers' exit codes and RUN_DIR/exit.json say: the user's input (2), a missing device (3) and a bug
+(1) end the job at once on all nodes; a killed worker or a lost node starts the workers again from the last checkpoint,
+on as many nodes as are there; a stop signal ends it with 75, for the scheduler to start it again.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
+from torch.distributed.launcher import api
+
+from gptdist import config as config_module
+from gptdist.config import Config
+from gptdist.data.shares import check_world
+from gptdist.errors import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_MISSING,
+    EXIT_REQUEUE,
+    EXIT_USER,
+    ActionableError,
+    MissingError,
+    UserError,
+)
+from gptdist.faults import STOPPED, ExitRecord
+
+STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # SLURM's --signal=USR1 reaches every process of a step
+HOPELESS_S = 5  # how long workers that lost a peer get to end: they have nothing left to save
+HANDSHAKE_S = 15
+SIOCGIFADDR = 0x8915  # <linux/sockios.h>
+DEFAULT_PORT = 29400  # torchrun's
+
+USAGE = "bash launch/multinode.sh [--hosts HOSTS] [options] CONFIG [--section.key=value ...]"
+DESCRIPTION = """\
+Run this on every node, or on one with --hosts. Options come before CONFIG, what overrides it after. Each has a default
+from SLURM's variables or from those that Kubeflow sets (PET_*). Exit codes: 0 done, 1 a bug, or too many restarts
+without a new checkpoint, 2 your input, 3 a device or tool is missing, 75 start it again."""
+
+
+class Ended(Exception):
+    """The job ends, on this node and, as the rendezvous closes, on the others."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What this node knows of the job."""
+
+    run_dir: Path
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int
+    grace_s: int
+    began: float = dataclasses.field(default_factory=time.time)
+
+    @property
+    def elastic(self) -> bool:
+        return self.min_nodes < self.max_nodes
+
+    def record(self) -> dict | None:
+        """RUN_DIR/exit.json, if workers of this job wrote it."""
+        try:
+            record = json.loads((self.run_dir / "exit.json").read_text())
+            return record if record["time"] >= self.began else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def newest_checkpoint(self) -> str:
+        return max((path.name for path in (self.run_dir / "checkpoints").glob("step-*")), default="")
+
+
+def judge(job: Job, exit_code: int, record: dict | None) -> str:
+    """Why the workers should start again, from the first failed one's exit code (below 0: a signal) and the record.
+
+    Raises Ended where another start would end the same way, or is the scheduler's to make.
+    """
+    code, message = (record["code"], record["message"]) if record and record["code"] else (exit_code, "")
+    if code in (EXIT_USER, EXIT_MISSING) or (code == EXIT_BUG and exit_code >= 0):
+        raise Ended(code, message or f"a worker ended with exit code {code}")
+    if message == STOPPED and exit_code >= 0:
+        if not job.elastic:
+            raise Ended(EXIT_REQUEUE, message)
+        return "another node was stopped"
+    if exit_code < 0:
+        return f"a worker was killed by {signal.Signals(-exit_code).name}"
+    return message or f"a worker ended with exit code {exit_code}"
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent of a node. The number of restarts is counted anew from every new checkpoint."""
+
+    def __init__(self, job: Job, **options: object):
+        super().__init__(**options)
+        self._job = job
+        self._checkpoint = job.newest_checkpoint()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state is WorkerState.HEALTHY and self._lost_nodes(worker_group):
+            # The workers may not notice for long: a machine without power closes no connection.
+            result = RunResult(state=WorkerState.UNHEALTHY)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            self._decide(worker_group, result)
+        return result
+
+    def _lost_nodes(self, worker_group: WorkerGroup) -> bool:
+        """Whether a node has left the round under way, or has given no sign of life for the keep-alive time."""
+        state = worker_group.spec.rdzv_handler._state_holder.state  # as num_nodes_waiting() last read it
+        return state.closed or len(state.participants) < worker_group.group_world_size
+
+    def _decide(self, worker_group: WorkerGroup, result: RunResult) -> None:
+        """Count a restart, or raise Ended."""
+        failures = sorted(result.failures.values(), key=lambda failure: failure.timestamp)
+        exit_code = failures[0].exitcode if failures else EXIT_REQUEUE
+        record = self._job.record()
+        reason = judge(self._job, exit_code, record) if failures or record else "a node is gone"
+        newest = self._job.newest_checkpoint()
+        if newest != self._checkpoint:
+            self._checkpoint, self._remaining_restarts = newest, self._job.max_restarts
+        if self._remaining_restarts == 0:
+            if self._job.max_restarts == 0:
+                raise Ended(EXIT_REQUEUE, reason)
+            message = f"gave up after {self._job.max_restarts} restarts without a new checkpoint: {reason}"
+            ExitRecord(self._job.run_dir, worker_group.workers[0].global_rank).write(EXIT_BUG, message)
+            raise Ended(EXIT_BUG, message)
+        count = self._job.max_restarts - self._remaining_restarts + 1
+        say(f"{reason}; starting again, {count} of {self._job.max_restarts} restarts since the last checkpoint")
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Workers take no other signal of torchrun's for a request to save."""
+        super()._shutdown(signal.SIGTERM, timeout)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Before a node joins, the workers save a checkpoint; those that lost a peer cannot."""
+        joining = worker_group.state is WorkerState.HEALTHY and not self._lost_nodes(worker_group)
+        self._shutdown(timeout=self._job.grace_s if joining else HOPELESS_S)
+
+
+def say(message: str) -> None:
+    print(f"gptdist launcher [{socket.gethostname()}]: {message}", file=sys.stderr, flush=True)
+
+
+# Network
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """HOST, HOST:PORT or [IPv6]:PORT."""
+    match = re.fullmatch(r"\[?([\w.-]+|[\da-fA-F:.]+(?=\]))\]?(?::(\d{1,5}))?", endpoint)
+    port = int(match[2] or DEFAULT_PORT) if match else 0
+    if match is None or port > 65535:
+        raise UserError(f"--endpoint {endpoint} is no HOST:PORT: give a host that all nodes reach and a free port of "
+                        f"it, such as node-1:{DEFAULT_PORT}")
+    return match[1], port
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether `host` is an address of this machine: only those can be bound."""
+    if host in ("localhost", socket.gethostname()):
+        return True
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(address)
+        return True
+    except OSError:
+        return False
+
+
+def port_is_free(port: int) -> bool:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+        return True
+    except OSError:
+        return False
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`; nothing is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port or DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 address of each network interface that has one."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has none
+                continue
+            found[name] = socket.inet_ntoa(reply[20:24])
+    return found
+
+
+def wait_for_endpoint(host: str, port: int, timeout_s: float) -> None:
+    """Return once a rendezvous answers there. Raises UserError if another program does, Ended if nothing does."""
+    deadline, told = time.monotonic() + timeout_s, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Ended(EXIT_REQUEUE, f"nothing answered at {host}:{port} within {timeout_s:.0f} s ({error}): is "
+                                          f"the first node up, and --endpoint right?") from None
+            if not told:
+                say(f"waiting for {host}:{port} ({error})")
+                told = True
+            time.sleep(1)
+    if not is_rendezvous(host, port):
+        raise UserError(taken(host, port))
+
+
+def is_rendezvous(host: str, port: int) -> bool:
+    """Whether a store of torch's answers there. The client waits without end for a program that says nothing."""
+    found = []
+
+    def greet() -> None:
+        with contextlib.suppress(RuntimeError):  # the answer is another program's
+            dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=HANDSHAKE_S))
+            found.append(True)
+
+    client = threading.Thread(target=greet, daemon=True)
+    with quiet():  # the client prints C++ frames for every try
+        client.start()
+        client.join(HANDSHAKE_S + 1)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that this process writes to stderr appears, C++ included."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def taken(host: str, port: int) -> str:
+    return (f"port {port} of {host} is taken by another program: give all nodes another --endpoint HOST:PORT, or end "
+            f"that program (`ss -ltnp 'sport = :{port}'` on {host} shows it)")
+
+
+# Options
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    env = os.environ
+    parser = argparse.ArgumentParser(
+        prog="multinode.sh", usage=USAGE, description=DESCRIPTION, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", metavar="N|MIN:MAX", help="how many nodes; with a range the run goes on as long as "
+                        "MIN are there, and takes in those that come (default: 1)",
+                        default=env.get("PET_NNODES") or env.get("SLURM_NNODES") or "1")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="0 on the node of --endpoint (default: found by its "
+                        "address)", default=env.get("SLURM_NODEID"))
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help="the first node, as the others reach it, and a free "
+                        f"port of it (port's default: {DEFAULT_PORT})", default=env.get("PET_RDZV_ENDPOINT"))
+    parser.add_argument("--processes-per-node", metavar="N|auto", help="default: auto, one per GPU, or one",
+                        default=env.get("PET_NPROC_PER_NODE") or "auto")
+    parser.add_argument("--max-restarts", type=int, metavar="N", help="starts of the workers without a new checkpoint "
+                        "in between, beyond the first; 0: leave all to the scheduler (default: 3)",
+                        default=env.get("PET_MAX_RESTARTS") or 3)
+    parser.add_argument("--interface", metavar="NAME", help="network interface of gloo and NCCL (default: the one "
+                        "towards the endpoint for gloo, NCCL's choice for NCCL)")
+    parser.add_argument("--local-addr", metavar="ADDRESS", help="this node's address, as the others reach it (default: "
+                        "that of the interface)")
+    parser.add_argument("--join-timeout", type=int, default=600, metavar="S", help="how long to wait for MIN nodes "
+                        "(default: 600)")
+    parser.add_argument("--last-call", type=int, default=30, metavar="S", help="how long to wait for more once MIN are "
+                        "there (default: 30)")
+    parser.add_argument("--keep-alive", type=int, default=15, metavar="S", help="a node without a sign of life for "
+                        "this long is lost (default: 15)")
+    parser.add_argument("--grace", type=int, default=110, metavar="S", help="how long workers get to save after a stop "
+                        "signal (default: 110)")
+    parser.add_argument("--retry-code", type=int, default=EXIT_REQUEUE, metavar="CODE", help="exit code in place of 75 "
+                        "(Kubeflow's ExitCode policy retries 128 to 255 alone)")
+    parser.add_argument("--command", choices=("train", "finetune"), default="train", help="of gptdist (default: train)")
+    parser.add_argument("--stop-at-eof", action="store_true", help="take the end of the input for a stop signal, as "
+                        "--hosts does")
+    parser.add_argument("config", metavar="CONFIG", help="YAML configuration")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
+    return parser.parse_args(argv)
+
+
+def parse_nodes(nodes: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", nodes)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < low <= high:
+        raise UserError(f"--nodes {nodes} is neither a number of nodes nor MIN:MAX with 0 < MIN <= MAX")
+    return low, high
+
+
+def parse_processes(processes: str) -> int:
+    if processes in ("auto", "gpu") and torch.cuda.device_count():
+        return torch.cuda.device_count()
+    if processes == "gpu":
+        raise MissingError("--processes-per-node gpu: torch sees no GPU here")
+    if processes == "auto":
+        return 1
+    if not processes.isdecimal() or processes == "0":
+        raise UserError(f"--processes-per-node {processes} is neither a number nor auto")
+    return int(processes)
+
+
+def check_worlds(config: Config, nodes: range, processes: int) -> None:
+    """Raise UserError for a number of nodes in `nodes` on which this configuration could not run.
+
+    Started at another number than this, an elastic run would find out in the middle.
+    """
+    parallel = config.parallel
+    for count in nodes:
+        world = count * processes
+        replicas = parallel.replicas or (count if parallel.strategy == "hsdp" else 1)
+        among = (f"with --nodes {nodes[0]}:{nodes[-1]} and {processes} processes per node the run may have {world} "
+                 f"processes")
+        if parallel.strategy == "single" and world > 1:
+            raise UserError(f"{among}, but parallel.strategy=single runs in one: use ddp or fsdp")
+        if world % (replicas * parallel.tensor):
+            raise UserError(f"{among}, which parallel.replicas={replicas} x parallel.tensor={parallel.tensor} does not "
+                            f"divide: change those, or --nodes")
+    try:
+        check_world(config.sequences_per_step, nodes[-1] * processes // parallel.tensor)
+    except UserError as error:
+        raise UserError(f"--nodes {nodes[0]}:{nodes[-1]} with {processes} processes per node: {error}") from None
+
+
+# The node's part
+
+
+def launch(args: argparse.Namespace) -> int:
+    config = config_module.load(args.config, args.overrides)
+    low, high = parse_nodes(args.nodes)
+    processes = parse_processes(args.processes_per_node)
+    check_worlds(config, range(low, high + 1), processes)
+    if args.endpoint is None and high > 1:
+        raise UserError(f"--nodes {args.nodes} needs --endpoint HOST:PORT, the first node as all of them reach it")
+    job = Job(Path(config.run.dir), low, high, args.max_restarts, args.grace)
+    rendezvous = {"join_timeout": args.join_timeout, "last_call_timeout": args.last_call,
+                  "keep_alive_interval": max(1, args.keep_alive // 3), "keep_alive_max_attempt": 3}
+    if args.endpoint is None:
+        endpoint, local_addr = "localhost:0", "localhost"
+    else:
+        host, port = split_endpoint(args.endpoint)
+        endpoint = args.endpoint if args.endpoint.endswith(f":{port}") else f"{host}:{port}"
+        rendezvous["is_host"] = meet(host, port, args.node_rank, args.join_timeout)
+        local_addr = choose_network(args, host, port)
+    options = api.LaunchConfig(
+        min_nodes=low, max_nodes=high, nproc_per_node=processes, run_id=job_id(config), rdzv_endpoint=endpoint,
+        rdzv_backend="c10d", rdzv_configs=rendezvous, max_restarts=args.max_restarts, local_addr=local_addr,
+        signals_to_handle=STOP_SIGNALS, shutdown_timeout=args.grace)
+    command = ["-u", "-m", "gptdist", args.command, args.config, *args.overrides]
+    return run_agent(job, options, command)
+
+
+def job_id(config: Config) -> str:
+    """The same on every node and after a requeue, and a file's name."""
+    return re.sub(r"[^\w.-]", "_", os.environ.get("SLURM_JOB_ID") or config.run.dir)
+
+
+def meet(host: str, port: int, node_rank: int | None, timeout_s: float) -> bool:
+    """Whether this node hosts the rendezvous; if not, waits for it. Raises UserError for a port that is taken."""
+    if node_rank is None:
+        hosting = is_this_machine(host) and port_is_free(port)
+    else:
+        hosting = node_rank == 0
+        if hosting and not port_is_free(port):
+            raise UserError(taken(host, port))
+    if not hosting:
+        wait_for_endpoint(host, port, timeout_s)
+    return hosting
+
+
+def choose_network(args: argparse.Namespace, host: str, port: int) -> str:
+    """This node's address for the others; gloo is bound to its interface, as it would else look up the hostname."""
+    known = interfaces()
+    if args.interface is not None:
+        if args.interface not in known:
+            raise UserError(f"--interface {args.interface} has no IPv4 address here: this node has "
+                            f"{', '.join(f'{name} ({address})' for name, address in known.items())}")
+        os.environ |= {"GLOO_SOCKET_IFNAME": args.interface, "NCCL_SOCKET_IFNAME": args.interface}
+        return args.local_addr or known[args.interface]
+    address = args.local_addr or address_towards(host, port)
+    for name, its_address in known.items():
+        if its_address == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return address
+
+
+def run_agent(job: Job, options: api.LaunchConfig, command: list[str]) -> int:
+    """Run this node's workers to the end of the job; its exit code, the same on every node."""
+    agent: Callable[..., Agent] = lambda **given: Agent(job, **given)  # noqa: E731
+    api.LocalElasticAgent = agent
+    # torch 2.13 keeps the workers' store for the next start, whose workers read the addresses of the dead ones in it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    try:
+        api.elastic_launch(options, sys.executable)(*command)
+        return EXIT_DONE
+    except Ended as error:
+        say(str(error))
+        return error.code
+    except SignalException as error:
+        say(f"stopped by {error.sigval.name}")
+        return stopped_code(job)
+    except (RendezvousError, dist.DistError) as error:
+        return lost_code(job, options, error)
+
+
+def stopped_code(job: Job) -> int:
+    """75, unless the workers had failed, or were done, before the signal."""
+    record = job.record()
+    return record["code"] if record else EXIT_REQUEUE
+
+
+def lost_code(job: Job, options: api.LaunchConfig, error: Exception) -> int:
+    """What the nodes that ended first say of the job; 75 where they said nothing."""
+    record = job.record()
+    if record and (record["code"] != EXIT_REQUEUE or isinstance(error, RendezvousClosedError)):
+        say(record["message"] or "the run is done")
+        return record["code"]
+    if isinstance(error, RendezvousTimeoutError):
+        say(f"fewer than {job.min_nodes} nodes came within {options.rdzv_configs['join_timeout']} s")
+    else:
+        say(f"the rendezvous at {options.rdzv_endpoint} is gone: the first node died, or the job has ended there "
+            f"({type(error).__name__})")
+    return EXIT_REQUEUE
+
+
+def stop_at_eof() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop(number: int, frame: object) -> None:
+    """Before there are workers; torch's own handler takes over with them."""
+    raise SignalException("stopped", sigval=signal.Signals(number))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    for name in STOP_SIGNALS.split(","):
+        signal.signal(getattr(signal, name), stop)
+    if args.stop_at_eof:
+        threading.Thread(target=stop_at_eof, daemon=True).start()
+    try:
+        code = launch(args)
+    except ActionableError as error:
+        say(str(error))
+        code = error.exit_code
+    except Ended as error:
+        say(str(error))
+        code = error.code
+    except SignalException as error:
+        say(f"stopped by {error.sigval.name} before the workers were up")
+        code = EXIT_REQUEUE
+    return args.retry_code if code == EXIT_REQUEUE else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# One job on several nodes, which survives the loss of some.
+#
+#   On every node:    bash launch/multinode.sh --nodes 2 --endpoint node-1:29400 CONFIG [--section.key=value ...]
+#   From one machine: bash launch/multinode.sh --hosts node-1,node-2 CONFIG [--section.key=value ...]
+#   All options:      bash launch/multinode.sh --help
+#
+# --hosts takes names with commas, or a file like launch/hostfile.example (a host a line, "slots=8" its processes). It
+# reaches them by $GPTDIST_SSH (default: ssh without passwords), expects this directory and the environment at the same
+# paths there, and its exit code is the first host's. Ctrl-C, SIGTERM or SIGUSR1 here make all of them save and end.
+# gptdist/launcher.py is a node's part: what is started again, what is not, and the exit codes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+SSH="${GPTDIST_SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
+
+if [ -x "$VENV/bin/python" ]; then export PATH="$VENV/bin:$PATH"; fi
+
+if [ "${1:-}" != --hosts ]; then
+  command -v python > /dev/null || die "no python here, and no $VENV: see launch/README.md"
+  exec python -m gptdist.launcher "$@"
+fi
+
+[ $# -ge 3 ] || die "usage: bash launch/multinode.sh --hosts HOSTS [options] CONFIG [--section.key=value ...]" 2
+hosts=() slots=()
+if [ -f "$2" ]; then
+  while read -r name more; do
+    case "$name" in "" | "#"*) continue ;; esac
+    hosts+=("$name")
+    case "$more" in *slots=*) more="${more#*slots=}"; slots+=("${more%%[^0-9]*}") ;; *) slots+=("") ;; esac
+  done < "$2"
+else
+  IFS=, read -ra hosts <<< "$2"
+fi
+[ ${#hosts[@]} -gt 0 ] || die "--hosts $2 names no host: give names with commas, or a file with a host a line" 2
+shift 2
+
+for host in "${hosts[@]}"; do
+  answer="$($SSH "$host" true 2>&1 < /dev/null)" \
+    || die "cannot reach host $host: ${answer:-\"$SSH $host true\" failed}: check its name, and that ssh needs no password"
+done
+
+# An open pipe is every node's input: its end, also by this machine's death, is their signal to save and end.
+pipe="$(mktemp -u)"
+mkfifo "$pipe"
+trap 'rm -f "$pipe"' EXIT
+exec {hold}<> "$pipe"
+stop() { if [ -n "$hold" ]; then exec {hold}>&-; hold=""; fi; }
+trap stop TERM INT HUP USR1
+settings=()
+for name in $(compgen -e); do
+  case "$name" in NCCL_* | GLOO_* | GPTDIST_* | OMP_NUM_THREADS) settings+=("$name=${!name}") ;; esac
+done
+
+nodes=()
+for i in "${!hosts[@]}"; do
+  options=(--stop-at-eof --nodes "${#hosts[@]}" --endpoint "${hosts[0]}:29400")
+  if [ -n "${slots[$i]:-}" ]; then options+=(--processes-per-node "${slots[$i]}"); fi
+  options+=("$@")  # later ones win
+  words=(env "${settings[@]}" bash "$ROOT/launch/multinode.sh" --node-rank "$i" "${options[@]}")
+  $SSH "${hosts[$i]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${words[@]}")" < "$pipe" {hold}>&- &
+  nodes+=($!)
+done
+
+# wait_for PID: its exit code; a trapped signal interrupts only the waiting.
+wait_for() {
+  local code=0
+  wait "$1" || code=$?
+  while [ "$code" -gt 128 ] && kill -0 "$1" 2> /dev/null; do
+    code=0
+    wait "$1" || code=$?
+  done
+  return "$code"
+}
+
+code=0
+wait_for "${nodes[0]}" || code=$?
+stop  # the first host had the rendezvous: without it the others cannot go on
+for i in "${!hosts[@]}"; do
+  ended="$code"
+  if [ "$i" != 0 ]; then ended=0; wait_for "${nodes[$i]}" || ended=$?; fi
+  if [ "$ended" != 0 ]; then echo "${0##*/}: host ${hosts[$i]} ended with exit code $ended" >&2; fi
+done
+if [ "$code" = 255 ]; then die "the connection to host ${hosts[0]} broke: start again to go on" 75; fi
+exit "$code"
