@@ -40,9 +40,9 @@ STRATEGIES = ("fsdp", "zero1", "zero2", "zero3")
 PHASES = ("step", "save", "rename", "start-up")
 START_UP = ("start-up", "verify", "build", "load", "prepare")
 SAVE_EVERY = 5
-STEPS_PER_KILL = 25  # more than a run gets on between two kills, unless a phase is missed time and again
+STEPS_PER_KILL = 16  # more than a run gets on between two kills, unless a phase is missed time and again
 LONGEST_START_S = 4.0  # of the delay of a kill that is to hit the start; longer than a start takes is a miss
-WAIT_S = 120.0
+WAIT_S = 300.0  # on a busy machine a start may take a minute
 POLL_S = 0.0002
 
 
@@ -70,7 +70,8 @@ def write_config(data: Path, run: Path, strategy: str, steps: int) -> Path:
     path = run.with_suffix(".yaml")
     path.write_text(config_module.to_yaml(tiny_config(
         data, run, f"--parallel.strategy={strategy}", f"--train.steps={steps}", f"--checkpoint.every={SAVE_EVERY}",
-        "--model.dropout=0.1", "--eval.every=0", "--eval.tokens=32", f"--run.log_every={steps}")))
+        "--model.dropout=0.1", "--model.n_layers=1", "--train.micro_batch=6", "--eval.every=0", "--eval.tokens=32",
+        f"--run.log_every={steps}")))
     return path
 
 
@@ -155,6 +156,7 @@ def attack(job: Job, kills: int, seed: int, outcome: Outcome) -> None:
         aimed = todo.pop(0)
         kill = one_kill(job, aimed, chance, outcome)
         outcome.kills.append(kill)
+        print(f"{outcome.strategy}: aimed at {aimed}, {kill}", file=sys.stderr, flush=True)
         if kill.hit != aimed:
             todo.append(aimed)
         if len(outcome.kills) > 4 * kills + 8:
@@ -163,12 +165,12 @@ def attack(job: Job, kills: int, seed: int, outcome: Outcome) -> None:
 
 def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome) -> Kill:
     job.wait(lambda: len(job.workers()) == 2, "two workers")
-    workers, said = job.workers(), len(job.resumes())
+    workers = job.workers()
     rank = 0 if aimed == "rename" else chance.randrange(2)
     if aimed == "start-up":
         time.sleep(chance.uniform(0, LONGEST_START_S))
     else:
-        steps = chance.randint(1, 12) if aimed == "step" else 0
+        steps = chance.randint(1, 8) if aimed == "step" else 0
         first: list[int] = []
 
         def arrived() -> bool:
@@ -182,6 +184,7 @@ def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome) -> K
     at, beat = job.kill(workers[rank])
     job.wait(lambda: not any(map(alive, workers.values())), "the other rank to end")
     job.dead |= set(workers.values())
+    said = len(job.resumes())
     saved = layout.latest(job.run / "checkpoints")
     step = 0 if saved is None else layout.step_of(saved)
     job.wait(lambda: len(job.workers()) == 2, "two new workers")
@@ -232,7 +235,7 @@ def run(strategy: str, data: Path, out: Path, *, kills: int, seed: int = 0, refe
 
 
 def steps_of(kills: int) -> int:
-    return STEPS_PER_KILL * kills + 25
+    return STEPS_PER_KILL * (kills + 1)
 
 
 def differences(reference: Path, run: Path) -> Iterator[str]:
