@@ -76,12 +76,14 @@ def write_config(data: Path, run: Path, strategy: str, steps: int) -> Path:
 
 
 def start(config: Path, log: Path, max_restarts: int) -> subprocess.Popen:
-    """The job. TORCHDYNAMO_DISABLE: DeepSpeed compiles its Muon at import, 2 s in every process."""
+    """The job. TORCHDYNAMO_DISABLE: DeepSpeed compiles its Muon at import, 2 s in every process. The other: torch 2.13
+    keeps the workers' store for the next start, whose workers then read the addresses of the dead ones in it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                f"--max-restarts={max_restarts}", "-m", "gptdist", "train", str(config)]
     with log.open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
+                                env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+                                                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
 def undisturbed(data: Path, out: Path, strategy: str, steps: int) -> Path:
