@@ -12,6 +12,7 @@ those of a run that was not disturbed. The exit code is 1 if anything differs.
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -53,7 +54,7 @@ class Kill:
     rank: int
     phase: str  # as the heartbeat had it
     lost: int  # steps done before that had to be done again
-    resume_s: float  # from the kill to the end of the first step after it
+    resume_s: float  # from the kill to the end of the first step after it; nan: the next kill came before
 
 
 @dataclass
@@ -156,7 +157,7 @@ def attack(job: Job, kills: int, seed: int, outcome: Outcome) -> None:
     chance.shuffle(todo)
     while todo:
         aimed = todo.pop(0)
-        kill = one_kill(job, aimed, chance, outcome)
+        kill = one_kill(job, aimed, chance, outcome, start_up_next=(todo or [aimed])[0] == "start-up")
         outcome.kills.append(kill)
         print(f"{outcome.strategy}: aimed at {aimed}, {kill}", file=sys.stderr, flush=True)
         if kill.hit != aimed:
@@ -165,7 +166,8 @@ def attack(job: Job, kills: int, seed: int, outcome: Outcome) -> None:
             raise RuntimeError(f"{len(outcome.kills)} kills, and these are not hit yet: {todo}")
 
 
-def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome) -> Kill:
+def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome, start_up_next: bool) -> Kill:
+    """start_up_next: the new start is to be hit next, so that nothing is waited for."""
     job.wait(lambda: len(job.workers()) == 2, "two workers")
     workers = job.workers()
     rank = 0 if aimed == "rename" else chance.randrange(2)
@@ -192,13 +194,13 @@ def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome) -> K
     job.wait(lambda: len(job.workers()) == 2, "two new workers")
     outcome.restarts += 1
     hit = where(beat)
-    if aimed == hit == "start-up" and chance.random() < 0.5:  # half of them are followed by the next kill at once
-        return Kill(aimed, hit, rank, beat.phase if beat else "before it met the others", 0, float("nan"))
+    lost = max(0, beat.step - step) if beat is not None and hit != "start-up" else 0
+    if start_up_next:
+        return Kill(aimed, hit, rank, said_phase(beat), lost, math.nan)
     job.wait(lambda: len(job.resumes()) > said, "the new start to say where it begins")
     if job.resumes()[-1] != step:
         outcome.faults.append(f"went on from step {job.resumes()[-1]}, but the last complete checkpoint is {step}")
     back = job.wait(lambda: (new := job.beat(0)) is not None and new.step > step, "a step")
-    lost = max(0, beat.step - step) if beat is not None and hit != "start-up" else 0
     return Kill(aimed, hit, rank, said_phase(beat), lost, back - at)
 
 
@@ -309,8 +311,8 @@ def cost_line(reference: Path, folder: Path) -> str:
     step_s = statistics.quantiles([row["tokens"] / row["tokens_per_s"] for row in rows], n=20)[0]
     beats = read_beat(reference / FOLDER / "rank-0.json").beat / len(rows)
     seconds = beat_seconds(folder)
-    return (f"A beat takes {seconds * 1e6:.1f} us of the processor; {beats:.1f} of them in a step of {step_s * 1e3:.1f} "
-            f"ms (a twentieth of this tiny model's steps were faster) are {beats * seconds / step_s:.2%} of it.")
+    return (f"A beat takes {seconds * 1e6:.1f} us of the processor; {beats:.1f} of them in a step of {step_s * 1e3:.1f}"
+            f" ms (a twentieth of this tiny model's steps were faster) are {beats * seconds / step_s:.2%} of it.")
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -318,7 +320,7 @@ def table(outcomes: list[Outcome]) -> str:
              "seconds to resume, median and most | end |", "|---" * 11 + "|"]
     for one in outcomes:
         hits, lost = Counter(kill.hit for kill in one.kills), [kill.lost for kill in one.kills]
-        times = [kill.resume_s for kill in one.kills if kill.resume_s == kill.resume_s]
+        times = [kill.resume_s for kill in one.kills if not math.isnan(kill.resume_s)]
         counts = " | ".join(str(hits[phase]) for phase in PHASES)
         resumed = f"{statistics.median(times):.1f}, {max(times):.1f}" if times else ""
         lines.append(f"| {one.strategy} | {one.steps} | {len(one.kills)} | {counts} | {one.restarts} | "
