@@ -30,7 +30,7 @@ MAIN_RANK_FIRST_S = 2
 LOST_RANK = ("the connection to another rank is gone: it died or was killed (out of memory?): "
              "start again to go on from the last checkpoint")
 # What gloo's, NCCL's and the store's errors say of a rank that is gone, and of one that does not answer.
-_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|got 0 bytes")
+_LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|remote process exited|got 0 bytes|connectFullMesh")
 _LATE = re.compile(r"Timed out waiting \d+ms|[Cc]ollective operation timeout")
 LATE_RANK = ("a collective did not end within parallel.timeout_s, another rank hangs or has left: start again to go on "
              "from the last checkpoint")

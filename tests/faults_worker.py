@@ -23,8 +23,9 @@ REPLICAS = {"ddp": "optim.blocks.1.mlp.fc.weight.exp_avg", "hsdp": "model.blocks
 KILLS = 4  # of the chaos test
 BAD_SAMPLE = 75  # of 11 in a step: step 7 has it, on rank 1 of two
 REWIND = ["--train.on_nonfinite=rewind", "--checkpoint.every=5", "--train.steps=12", "--eval.every=0",
-          "--model.dropout=0.1"]
-SPIKES = ["--train.spike_norm=5", "--train.spike_window=4", "--train.steps=9", "--eval.every=0"]
+          "--model.dropout=0.1", "--train.micro_batch=6"]
+SPIKES = ["--train.spike_norm=5", "--train.spike_window=4", "--train.steps=9", "--eval.every=0",
+          "--train.micro_batch=6"]
 
 
 def poisoned(config: config_module.Config, sample: int, factor: float = math.nan) -> Trainer:

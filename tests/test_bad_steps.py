@@ -177,8 +177,8 @@ def test_a_resumed_run_goes_back_alike(fault_runs, strategy):
 
 def test_a_spike_is_the_same_on_two_processes(fault_runs, dataset, tmp_path):
     run_poisoned(dataset, tmp_path / "run", *SPIKES, factor=100.0)
-    taken = [[row for row in train_rows(run) if "skipped" not in row]
-             for run in (fault_runs / "spike", tmp_path / "run")]
+    runs = fault_runs / "spike", tmp_path / "run"
+    taken = [[row for row in train_rows(run) if "skipped" not in row] for run in runs]
     assert [row["step"] for row in taken[0]] == [1, 2, 3, 4, 5, 6, 8, 9]
     assert_same_curve(*taken)
 

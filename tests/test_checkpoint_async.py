@@ -1,6 +1,7 @@
 """Saves in the background: the same bytes as in the foreground, whatever training does meanwhile; no error is lost."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gptdist import checkpoint
-from gptdist.checkpoint import files
+from gptdist.checkpoint import files, layout
 from gptdist.checkpoint.saver import Saver
 from gptdist.checkpoint.share import HostBuffers, SharePlanner, own_share
 from gptdist.errors import EXIT_REQUEUE, UserError
@@ -98,6 +99,19 @@ def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path):
             saves.save(step, state(), {"train_state.json": f'{{"val_loss": {loss}}}'.encode()}, background=True)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000003", "step-00000004"]
     assert checkpoint.best(tmp_path).name == "step-00000001"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, capfd):
+    with saver(tmp_path, keep_last=1) as saves:
+        saves.save(1, state(), FILES, background=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(layout.shutil, "rmtree", lambda path: (_ for _ in ()).throw(
+                OSError(errno.EACCES, "Permission denied", str(path))))
+            saves.save(2, state(), FILES, background=True)
+            saves.settle()
+        assert not saves.failed
+    assert "an old checkpoint is still there: cannot remove " in capfd.readouterr().err
+    checkpoint.verify(tmp_path / "step-00000002")
 
 
 def test_an_error_is_raised_once_and_leaves_nothing(tmp_path):

@@ -141,6 +141,16 @@ def test_an_interrupted_removal_is_not_a_checkpoint(tmp_path, monkeypatch):
     assert names(tmp_path.iterdir()) == ["step-00000002"]
 
 
+def test_the_last_complete_checkpoint_stays_beside_newer_damaged_ones(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    os.truncate(tmp_path / "step-00000003" / "shard-00000.safetensors", 10)
+    (tmp_path / "step-00000004" / "index.json").unlink()
+    assert names(checkpoint.prune(tmp_path, keep_last=1, keep_best=False)) == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert checkpoint.prune(tmp_path, keep_last=1, keep_best=False) == []
+
+
 def test_set_aside_frees_the_step(tmp_path):
     path = save(tmp_path, 40)
     (path / "index.json").unlink()

@@ -145,6 +145,24 @@ def test_resume_falls_back_when_the_newest_checkpoint_is_altered(dataset, finish
     assert [p.name[:20] for p in (run / "checkpoints").glob("damaged-*")] == ["damaged-step-0000002"]
 
 
+@pytest.mark.parametrize(("name", "damage", "said"), [
+    ("shard-00000.safetensors", lambda path: os.truncate(path, path.stat().st_size - 1), "safetensors has "),
+    ("MANIFEST.json", lambda path: path.unlink(), "MANIFEST.json: No such file")])
+def test_resume_falls_back_when_a_file_of_the_newest_checkpoint_is_cut_short_or_gone(
+        dataset, finished, tmp_path, capsys, name, damage, said):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damage(layout.latest(run / "checkpoints") / name)
+    rows = run_tiny(dataset, run, "--eval.every=5", "--checkpoint.every=5")
+    assert losses(rows) == losses(train_rows(finished))
+    told = capsys.readouterr().out
+    assert "damaged checkpoint moved to" in told
+    assert said in told
+    assert "step-00000015 (step 15)" in told
+
+
 def test_skipped_samples_are_not_seen(dataset, tmp_path):
     plain = run_tiny(dataset, tmp_path / "a", "--train.stop_at=2")
     skipped = run_tiny(dataset, tmp_path / "b", "--train.stop_at=1", "--data.skip=[[0,11]]")
