@@ -133,13 +133,13 @@ OTHERS = (None, True, False, [], {}, [[]], [None], {"": None}, [1, 2], {"a": 1},
           list(range(300)))
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(12))
-WHOLE = (b"", b"\0", b"\xff\xfe\0\0", b"null", b"[]", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000,
-         b"\n" * 5000, b"x" * 100_000, b" " * 200_000, (2**60).to_bytes(8, "little") + b"{}",
+WHOLE = (b"", b"\0", b"\xff\xfe\0\0", b"null", b"[]", b"{}", b"[" * 20_000, b'{"a":' * 20_000, b"1" * 5000,
+         b"\n" * 5000, b"x" * 100_000, b" " * 50_000, (2**60).to_bytes(8, "little") + b"{}",
          (2).to_bytes(8, "little") + b"{}",
          b"PK\x03\x04" + b"\0" * 60, b"\x80\x04\x95", b"PAR1" + b"\0" * 40 + b"PAR1", b"\x1f\x8b\x08" + b"\0" * 20,
          b"\xfd7zXZ\0" + b"\0" * 40, b"BZh9" + b"\0" * 30, b"\x28\xb5\x2f\xfd" + b"\xff" * 30, BOMB.encode(),
          b"model: " + BOMB.replace("\n", "\n  ").encode(), b"a: &a [*a]\n", b"a: 2026-13-45\n", b"? {a: b}\n: c\n",
-         b"model: !!python/object/apply:os.system ['touch pwned']\n", b"%YAML 9.9\n---\n", b"a: 0b2\n", b"- " * 20_000,
+         b"model: !!python/object/apply:os.system ['touch pwned']\n", b"%YAML 9.9\n---\n", b"a: 0b2\n", b"- " * 2_000,
          b"cos\nsystem\n(S'touch pwned'\ntR.")
 
 
@@ -346,7 +346,7 @@ def read_checkpoint(folder: Path) -> None:
     path = folder / "c"
     for read in (lambda: load_tensors(path), lambda: TrainState.read(path), lambda: stored_template(path),
                  lambda: layout.best(folder), lambda: verify_values(path), lambda: layout.resolve(folder),
-                 lambda: load_model(path, verify=False)[0](torch.zeros(1, 4, dtype=torch.int64))):
+                 lambda: load_model(path, verify=False)[0].hidden(torch.zeros(1, 4, dtype=torch.int64))):
         with contextlib.suppress(ActionableError):  # each by itself
             read()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -686,7 +686,7 @@ class Harness:
     def __init__(self, names: list[str]):
         self.watched = Watched()
         self.seeds, self.raw = {}, {}
-        for name in names:  # imports, caches and the valid files themselves
+        for name in names:  # the valid files, with which libraries are loaded and caches filled
             self.seeds[name], self.raw[name] = self._seed(name)
             self.check(name, self.raw[name], valid=True)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -734,7 +734,7 @@ class Harness:
                 signal.alarm(0)
                 faulthandler.cancel_dump_traceback_later()
                 self.watched.folder = None
-            assert not self.watched.seen, f"{name}: {self._shown(name, files)}\n{self.watched.seen[:5]}"
+            assert valid or not self.watched.seen, f"{name}: {self._shown(name, files)}\n{self.watched.seen[:5]}"
 
     def _shown(self, name: str, files: dict[str, bytes]) -> str:
         """What was changed."""

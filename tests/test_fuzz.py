@@ -26,7 +26,7 @@ def fuzz(*words: str, timeout_s: int) -> None:
 
 
 def test_readers_answer_or_raise_our_errors():
-    fuzz("--examples", "15", timeout_s=300)
+    fuzz("--examples", "8", timeout_s=300)
 
 
 @pytest.mark.long
@@ -35,29 +35,37 @@ def test_readers_answer_or_raise_our_errors_for_long(name):
     fuzz("--targets", name, "--examples", "2000", "--seed", "1", timeout_s=3600)
 
 
-@pytest.mark.parametrize(("read", "why"), [
-    ("open('/tmp/gptdist-fuzz-outside', 'w').close()", "open for writing"),
-    ("__import__('os').system('true')", "os.system"),
-    ("bytearray(1 << 32)", "MemoryError"),
-    ("1 / 0", "ZeroDivisionError"),
-    ("__import__('pickle').loads(b'cos\\nsystem\\n.')", "pickle.find_class"),
-])
-def test_what_no_reader_may_do_is_noticed(read, why):
+BAD_READERS = '''
+import os, pickle
+from tests import fuzzing
+
+bad = {
+    "open for writing": lambda: open("/dev/shm/gptdist-fuzz", "w").close(),
+    "os.system": lambda: os.system("true"),
+    "MemoryError": lambda: bytearray(1 << 32),
+    "ZeroDivisionError": lambda: 1 / 0,
+    "pickle.find_class": lambda: pickle.loads(b"cos\\nsystem\\n."),
+    "TooLong": lambda: [None for i in iter(int, 1) if i],
+}
+chosen = lambda: None
+fuzzing.FILES["bad"] = lambda: {"a.json": b"{}"}
+fuzzing.TARGETS["bad"] = fuzzing.Target(lambda folder: None, lambda folder: chosen())
+harness = fuzzing.Harness(["bad"])
+fuzzing.EXAMPLE_S = 1
+for why, chosen in bad.items():
+    try:
+        harness.check("bad", {"a.json": b"x"})
+    except AssertionError as error:
+        assert str(error).startswith("bad:   a.json: b'x'") and why in str(error), error
+    else:
+        raise SystemExit(f"{why} was not noticed")
+'''
+
+
+def test_what_no_reader_may_do_is_noticed():
     """In a process of its own: an audit hook and a limit of memory stay."""
-    program = (f"from tests import fuzzing\n"
-               f"fuzzing.FILES['bad'] = lambda: {{'a.json': b'{{}}'}}\n"
-               f"calls = []\n"
-               f"def read(folder):\n"
-               f"    calls.append(1)\n"
-               f"    if len(calls) > 1:\n"
-               f"        {read}\n"
-               f"fuzzing.TARGETS['bad'] = fuzzing.Target(lambda folder: None, read)\n"
-               f"fuzzing.Harness(['bad']).check('bad', {{'a.json': b'x'}})\n")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "AssertionError: bad: " in done.stderr
-    assert why in done.stderr
-    assert "a.json: b'x'" in done.stderr
+    done = subprocess.run([sys.executable, "-c", BAD_READERS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # What it found
@@ -72,7 +80,7 @@ def test_aliases_that_stand_for_too_much(tmp_path):
     assert parse_yaml("a: &a [1]\nb: *a", "x") == {"a": [1], "b": [1]}
 
 
-@pytest.mark.parametrize("text", ["a: 2026-13-45", "[" * 100_000, "a: [", "!!python/object/apply:os.system ['x']"])
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "[" * 5_000, "a: [", "!!python/object/apply:os.system ['x']"])
 def test_what_is_no_yaml(text):
     with pytest.raises(UserError, match="x is not valid YAML"):
         parse_yaml(text, "x")
@@ -97,7 +105,8 @@ def test_an_index_that_claims_more_than_its_files_have(checkpoint):
     def change(data):
         index = json.loads(data)
         entry = index["tensors"]["model.wte.weight"]
-        entry["shape"] = entry["chunks"][0]["shape"] = [2**58]
+        entry["shape"] = [2**58]
+        entry["chunks"] = [entry["chunks"][0] | {"offset": [0], "shape": [2**58]}]
         return json.dumps(index).encode()
 
     rewrite(checkpoint, "index.json", change)

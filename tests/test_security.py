@@ -55,7 +55,7 @@ def of_call(call: ast.Call) -> str | None:
         return name
     if owner.split(".")[0] in PICKLERS and name in ("load", "loads", "Unpickler", "open"):
         return f"{owner}.{name}"
-    if owner == "yaml" or owner.startswith(("yaml.", "ruamel")):
+    if owner in ("yaml", "ruamel.yaml"):
         return f"yaml.{name}" if name not in ("safe_load", "safe_dump") else None
     if name == "load" and not (owner == "torch" and says("weights_only", True)) and (
             owner in ("torch", "np", "numpy", "torch.jit", "torch.export") or "torch" in owner):

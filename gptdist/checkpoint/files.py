@@ -116,8 +116,12 @@ def user_errors(doing: str) -> Iterator[None]:
 
 
 def plain_name(name: object, folders: bool = False) -> bool:
-    """Whether `name` is a relative file name that stays inside its directory; `folders` allows a/b."""
+    """Whether `name` is a relative file name that stays inside its directory and that a file can have; `folders` allows
+    a/b."""
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
-    parts = name.split("/")
-    return (folders or len(parts) == 1) and all(part not in ("", ".", "..") for part in parts)
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return (folders or len(parts) == 1) and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)

@@ -25,12 +25,13 @@ from gptdist.checkpoint.files import plain_name, user_errors
 from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
-from gptdist.convert.files import finite, read_torch, tensor_parts
+from gptdist.convert.files import finite, is_plain, read_torch, tensor_parts
 from gptdist.convert.foreign import Foreign
 from gptdist.errors import UserError
 
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+MOST_RANKS = 1 << 20  # that a checkpoint is saved by
 _CONFIG_DEPTH = 2  # how many folders up config.yaml and tokenizer/ are looked for
 
 
@@ -136,7 +137,7 @@ class _Rank:
 def _read_parts(folder: Path) -> dict[str, Part]:
     model_path = _model_file(folder)
     model = _table(read_torch(model_path, STAND_INS), model_path)
-    if model.get("frozen_param_shapes"):
+    if _optional_table(model, "frozen_param_shapes", model_path):
         raise UserError(f"{model_path}: the model has frozen parameters, which cannot be imported from ZeRO's files")
     ranks = _read_ranks(folder, model, model_path)
     if not ranks:
@@ -144,8 +145,8 @@ def _read_parts(folder: Path) -> dict[str, Part]:
     groups = _shapes(model, model_path)
     make = _parts_of_cut_parameters if ranks[0].stage == 3 else _parts_of_cut_groups
     parts = {part.key: part for part in make(groups, ranks)}
-    for alias, name in dict(model.get("shared_params") or {}).items():
-        if name in parts:
+    for alias, name in _optional_table(model, "shared_params", model_path).items():
+        if isinstance(name, str) and name in parts:
             parts.pop(alias, None)  # a tied head, which this project stores once
     return parts
 
@@ -164,8 +165,9 @@ def _read_ranks(folder: Path, model: Mapping, model_path: Path) -> list[_Rank]:
     """Every rank's file, in order; none for ZeRO-0, whose model file has the weights."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := _OPTIM.fullmatch(p.name)) and int(m[2]) == 0}
     if not found:
-        stage = ((model.get("ds_config") or {}).get("zero_optimization") or {}).get("stage", 0)
-        if stage:
+        settings = _optional_table(model, "ds_config", model_path)
+        stage = _optional_table(settings, "zero_optimization", model_path).get("stage", 0)
+        if not isinstance(stage, int) or stage != 0:
             raise UserError(f"{folder}: ZeRO-{stage} weights are in zero_pp_rank_*_optim_states.pt, of which there is "
                             f"none; get all files of the checkpoint")
         return []
@@ -206,13 +208,19 @@ def _other_step(path: Path, step: int | None, first: _Rank) -> UserError:
 def _read_rank(path: Path) -> _Rank:
     state = _table(_table(read_torch(path, STAND_INS), path).get("optimizer_state_dict"), path)
     stage, world = state.get("zero_stage"), state.get("partition_count")
-    world = max(world) if isinstance(world, list) and world else world
-    if stage not in (1, 2, 3) or not isinstance(world, int):
+    world = max(world) if isinstance(world, list) and world and _are_counts(world) else world
+    if not isinstance(stage, int) or stage not in (1, 2, 3) or type(world) is not int or not 0 < world <= MOST_RANKS:
         raise UserError(f"{path}: no ZeRO stage and number of ranks in it; expected DeepSpeed's optimizer states")
     flats = state.get("fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups")
     if not isinstance(flats, list) or not all(isinstance(flat, Tensor) and flat.dim() == 1 for flat in flats):
         raise UserError(f"{path}: no flat fp32 weights in it; expected DeepSpeed's optimizer states")
-    return _Rank(path, int(stage), world, flats, state.get("param_alignment_paddings"),
+    if not all(map(is_plain, flats)):
+        raise UserError(f"{path}: its flat fp32 weights are no plain tensors that the file holds whole; get it again")
+    paddings = state.get("param_alignment_paddings")
+    if paddings is not None and not (isinstance(paddings, list) and all(map(_are_counts, paddings))):
+        raise UserError(f"{path}: param_alignment_paddings is {str(paddings)[:40]!r}, expected lists of sizes; get the "
+                        f"file again")
+    return _Rank(path, int(stage), world, flats, paddings,
                  _step(state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")))
 
 
@@ -231,12 +239,26 @@ def _table(value: Any, path: Path) -> Mapping:
     return value
 
 
+def _optional_table(values: Mapping, key: str, path: Path) -> Mapping:
+    """The table under a key; an empty one where there is none."""
+    return {} if values.get(key) is None else _table(values[key], path)
+
+
 def _shapes(model: Mapping, path: Path) -> list[dict[str, tuple[int, ...]]]:
     """name -> shape, by parameter group."""
     found = model.get("param_shapes")
     if not isinstance(found, list) or not all(isinstance(group, Mapping) for group in found):
         raise UserError(f"{path}: no param_shapes in it; expected DeepSpeed's model states")
+    for group in found:
+        for name, shape in group.items():
+            if not isinstance(shape, list | tuple) or not _are_counts(shape):
+                raise UserError(f"{path}: param_shapes has {str(shape)[:40]!r} for {name}, expected a shape; get the "
+                                f"file again")
     return [{str(name): tuple(shape) for name, shape in group.items()} for group in found]
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, Sequence) and all(type(value) is int and 0 <= value < 1 << 40 for value in values)
 
 
 def _parts_of_cut_groups(groups: list[dict], ranks: list[_Rank]) -> Iterator[Part]:
@@ -245,7 +267,8 @@ def _parts_of_cut_groups(groups: list[dict], ranks: list[_Rank]) -> Iterator[Par
         raise _no_fit(ranks[0], f"{len(ranks[0].flats)} flat tensors for {len(groups)} parameter groups")
     for number, shapes in enumerate(groups):
         flats, offset = [rank.flats[number] for rank in ranks], 0
-        gaps = ranks[0].paddings[number] if ranks[0].paddings else [0] * len(shapes)
+        gaps = ranks[0].paddings[number:number + 1] if ranks[0].paddings else [[0] * len(shapes)]
+        gaps = gaps[0] if gaps else []
         if len(gaps) != len(shapes):
             raise _no_fit(ranks[0], f"{len(gaps)} paddings for {len(shapes)} parameters")
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
