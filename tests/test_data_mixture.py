@@ -1,5 +1,7 @@
 """Mixtures: shares, epochs, the same samples at every world size and after every restart; a change of mixture."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from gptdist.data.prepare import PrepareConfig, prepare
 from gptdist.data.writer import write_dataset
 from gptdist.errors import UserError
 from gptdist.metrics import read_rows
+from gptdist.tasks import pretrain
 from tests.test_data_loader import META, T, real_rows
 from tests.test_data_prepare import sentences, write_jsonl
 from tests.training import TINY, run_tiny
@@ -194,6 +197,16 @@ def test_the_order_of_the_entries_changes_nothing(prepared, tmp_path):
         (tmp_path / "same" / suffix).symlink_to(prepared / "one" / suffix)
     with pytest.raises(UserError, match=r"one and .*same hold the same tokens: leave one of them out"):
         train(prepared, tmp_path / "c", mixture(prepared, ("one", 1), (tmp_path / "same", 1)))
+
+
+def test_a_mixture_of_an_earlier_version_is_refused(prepared, tmp_path, monkeypatch):
+    """It was dealt out in the order of the entries, which nothing in a checkpoint of that time tells."""
+    entries = mixture(prepared, ("one", 0.7), ("two", 0.3))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(pretrain, "phases_identity", functools.partial(phases_identity, rule=None))
+        train(prepared, tmp_path / "run", entries, "--train.stop_at=1")
+    with pytest.raises(UserError, match="was trained on this mixture by an earlier version, .*checkpoint.init_from"):
+        train(prepared, tmp_path / "run", entries)
 
 
 def test_a_plain_run_may_turn_into_a_mixture_and_validation_sets_have_names(prepared, tmp_path):
