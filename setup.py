@@ -53,6 +53,7 @@ EXTRAS = {
     "data": DATA,
     "evaluate": ["lm_eval>=0.4.13"],
     "convert": ["gguf>=0.17"],
+    "wandb": ["wandb>=0.17"],
     "test": [
         *SERVE,
         "httpx>=0.27",

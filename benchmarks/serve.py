@@ -3,8 +3,9 @@
     python -m benchmarks.serve                      the quickstart's shape
     python -m benchmarks.serve --shape gpt2 --dtype bf16
 
-The server is a process of its own with random weights, asked over HTTP by this one. Beside the wall clock's figures are
-those of the server's own CPU time, which other programs on the machine change less.
+The server is a process of its own with random weights, asked over HTTP by this one. One after another and together
+take turns, --rounds times; medians. cpu_speed_up is the ratio by the server's own CPU time, which other programs on the
+machine change less.
 """
 
 import argparse
@@ -126,12 +127,15 @@ async def measure(address: str, pid: int, n_tokens: int, rounds: int, crowd: int
             together.append(await timed(client, pid, range(numbers.start + 50, numbers.stop + 50), n_tokens, CLIENTS))
         memory = peak_mib(pid)
         many = await timed(client, pid, range(5000, 5000 + crowd), n_tokens // 4, crowd)
+        middle = statistics.median
         return {
-            "tokens_per_s_alone": max(t.rate for t in alone), "tokens_per_s_together": max(t.rate for t in together),
-            "cpu_tokens_per_s_alone": max(t.n_tokens / t.cpu_s for t in alone),
-            "cpu_tokens_per_s_together": max(t.n_tokens / t.cpu_s for t in together),
-            "first_token_ms_alone": 1000 * statistics.median(x for t in alone for x in t.first_s),
-            "first_token_ms_together": 1000 * statistics.median(x for t in together for x in t.first_s),
+            "tokens_per_s_alone": middle(t.rate for t in alone),
+            "tokens_per_s_together": middle(t.rate for t in together),
+            "speed_up": middle(b.rate / a.rate for a, b in zip(alone, together, strict=True)),
+            "cpu_speed_up": middle(b.n_tokens / b.cpu_s / (a.n_tokens / a.cpu_s)
+                                   for a, b in zip(alone, together, strict=True)),
+            "first_token_ms_alone": 1000 * middle(x for t in alone for x in t.first_s),
+            "first_token_ms_together": 1000 * middle(x for t in together for x in t.first_s),
             "crowd": crowd, "crowd_tokens_per_s": many.rate, "crowd_first_token_s_max": max(many.first_s),
             "peak_mib": memory, "peak_mib_after_crowd": peak_mib(pid)}
 
@@ -155,8 +159,6 @@ def main() -> int:
             found = asyncio.run(measure(address, server.pid, args.tokens, args.rounds, args.crowd))
         finally:
             server.terminate()
-    found |= {"speed_up": found["tokens_per_s_together"] / found["tokens_per_s_alone"],
-              "cpu_speed_up": found["cpu_tokens_per_s_together"] / found["cpu_tokens_per_s_alone"]}
     print(json.dumps({"shape": args.shape, "dtype": args.dtype, "clients": CLIENTS, "tokens": args.tokens}
                      | {name: round(value, 2) for name, value in found.items()}, indent=1))
     return server.returncode

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/shakespeare-char.yaml"
 LONG = ("--model.n_layers=4", "--model.width=192", "--model.n_heads=6", "--model.context=128",
         "--train.tokens_per_step=2048", "--train.steps=1400", "--schedule.warmup_steps=50",
-        "--optim.momentum=0.95")
+        "--optim.momentum=0.95", "--optim.newton_schulz_steps=5")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ TRIALS = {
     "AdamW in place of Muon": ("--optim.name=adamw", "--optim.beta2=0.99"),
     "momentum 0.95": ("--optim.momentum=0.95",),
     "3 iterations of Newton and Schulz": ("--optim.newton_schulz_steps=3",),
+    "5 iterations of Newton and Schulz": ("--optim.newton_schulz_steps=5",),
     "Muon's learning rate 0.02": ("--optim.muon_lr=0.02",),
     "Muon's learning rate 0.1": ("--optim.muon_lr=0.1",),
     "AdamW's learning rate 0.01": ("--optim.lr=0.01",),

@@ -129,6 +129,18 @@ The exit code is 0 also for a run that does not fit: that is an answer, printed,
 what cannot be planned: an unknown device, processes that do not divide, a value out of range."""
 
 
+DOCTOR_HELP = """\
+Show this machine, and which kernels will run on it and why. With --distributed, under the launcher that will train,
+compare all ranks in seconds: versions, configuration, data, clocks, and the bandwidth between them.
+
+  gptdist doctor
+  torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    -m gptdist doctor --distributed configs/quickstart.yaml
+
+Its exit code is 0 also where something is missing on one machine; with --distributed 2 where the ranks do not go
+together, each fault named, 3 where a rank lacks the device that the configuration asks for."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptdist", description="Train GPT models, on a laptop or a cluster.")
     parser.add_argument("--version", action="version", version=f"gptdist {__version__}")
@@ -217,7 +229,12 @@ def _add_plan(commands) -> None:
 
 
 def _add_doctor(commands) -> None:
-    parser = _command(commands, "doctor", run_doctor, "show this machine, and which kernels will run on it and why")
+    parser = _command(commands, "doctor", run_doctor, "show this machine, and which kernels will run on it and why",
+                      DOCTOR_HELP)
+    parser.add_argument("config", nargs="?", help="with --distributed: YAML configuration that is going to be trained")
+    parser.add_argument("--distributed", action="store_true",
+                        help="under a launcher: every rank's versions, clock and data beside the others', and the "
+                             "rates between them; exit code 2 where they do not go together")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -741,13 +758,23 @@ def run_plan(args: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
-def run_doctor(args: argparse.Namespace) -> int:
-    from gptdist import doctor
+def run_doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    if not args.distributed:
+        from gptdist import doctor
 
-    return doctor.run(json=args.json)
+        if args.config or overrides:
+            raise UserError(f"{args.config or overrides[0]}: a configuration is for --distributed alone: add it, or "
+                            f"leave the configuration out")
+        return doctor.run(json=args.json)
+    from gptdist import doctor_distributed
+    from gptdist.parallel.world import end_process
+
+    code = doctor_distributed.run(args.config, overrides, json=args.json)
+    end_process(code)
+    return code
 
 
-TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan, run_sweep)
+TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan, run_sweep, run_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,10 +22,22 @@ from typing import Any, ClassVar, Literal
 
 from gptdist.errors import UserError
 
+YAML_VALUES = 100_000
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)  # of a variable's name
+
 
 def _option(default: Any, doc: str) -> Any:
     """A dataclass field with its meaning attached."""
     return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def expand_variables(path: str) -> str:
+    """`path` with the variables of the environment that it names. Raises UserError for one that looks like a secret:
+    configurations are saved and shown."""
+    if secret := next((name for name in re.findall(r"\$\{?(\w+)", path) if SECRET.search(name)), None):
+        raise UserError(f"{path} names the variable {secret}, which looks like a secret: it would be saved with the "
+                        f"configuration; name another variable")
+    return os.path.expandvars(path)
 
 
 def _is_number(value: Any) -> bool:
@@ -189,11 +201,29 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "full"] | int = _option(
         "none", "recompute in backward: none, full (every block), or n: every n-th block")
     compile: bool = _option(False, "torch.compile each block")
-    max_bad_steps: int = _option(10, "stop after this many consecutive steps whose gradient is not finite")
+    on_nonfinite: Literal["skip", "rewind", "stop"] = _option(
+        "skip", "a step whose loss or gradient is not finite: skip leaves its update out; rewind goes back to the "
+                "newest checkpoint and on with the samples after this step's; stop ends the run")
+    on_spike: Literal["skip", "rewind", "stop"] = _option("skip", "the same for a step that is a spike")
+    spike_loss: float = _option(0.0, "a spike: a loss of more nats than this above the median of the last spike_window "
+                                     "steps that were taken; 0: off")
+    spike_norm: float = _option(0.0, "a spike: a gradient norm of more than this times their median; 0: off")
+    spike_window: int = _option(100, "steps that a spike is compared with; the first ones are not judged")
+    max_bad_steps: int = _option(10, "stop after this many steps in a row that were skipped, or as many rewinds to one "
+                                     "checkpoint")
+    replica_check_every: int = _option(
+        0, "steps between checks, and one before each checkpoint, that what several ranks hold alike is alike: all of "
+           "ddp, the copies of hsdp, working weights of zero1 and zero2, weights that parallel.tensor does not divide. "
+           "0: off")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_step", "batch", "micro_batch", "max_bad_steps"):
+        for name in ("steps", "tokens_per_step", "batch", "micro_batch", "max_bad_steps", "spike_window"):
             _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("spike_loss", "spike_norm", "replica_check_every"):
+            _require(0 <= getattr(self, name) < float("inf"),
+                     f"train.{name} is {getattr(self, name)}, expected 0 (off) or more")
+        _require(self.spike_norm == 0 or self.spike_norm > 1,
+                 f"train.spike_norm is {self.spike_norm}, expected 0 (off) or more than 1, times the median")
         _require(0 <= self.epochs < float("inf"), f"train.epochs is {self.epochs}, expected 0 (off) or more")
         _require(self.stop_at >= 0, f"train.stop_at is {self.stop_at}, expected 0 (off) or a step")
         _require(self.grad_clip >= 0, f"train.grad_clip is {self.grad_clip}, expected 0 (off) or more")
@@ -205,6 +235,14 @@ class TrainConfig:
         if self.precision != "auto":
             return self
         return dataclasses.replace(self, precision="bf16" if all_have_bf16 else "fp32")
+
+    @property
+    def looks_for_spikes(self) -> bool:
+        return self.spike_loss > 0 or self.spike_norm > 0
+
+    @property
+    def may_rewind(self) -> bool:
+        return self.on_nonfinite == "rewind" or (self.looks_for_spikes and self.on_spike == "rewind")
 
     @property
     def last_step(self) -> int:
@@ -316,8 +354,8 @@ class EvalConfig:
     tokens: int = _option(0, "pretrain: validation tokens per evaluation; 0: the whole held-out split")
     examples: int = _option(0, "fine-tuning: validation examples per evaluation; 0: all")
     micro_batch: int = _option(16, "sequences per rank and forward pass")
-    prompt: str = _option("", "pretrain: a text that the model goes on from at each evaluation, for 100 tokens; they go "
-                              "to metrics.jsonl and TensorBoard. \"\": none")
+    prompt: str = _option("", "pretrain: a text that the model goes on from at each evaluation, for 100 tokens, in "
+                              "metrics.jsonl and TensorBoard; empty: none")
     tasks: list[str] = _option((), "evaluation tasks beside it, as `gptdist evaluate --tasks` names them: stdlib, "
                                    "stdlib-choice, FILE, KIND=FILE ...; they change nothing that the run computes. "
                                    "Items whose answers are longer than the context are left out")
@@ -355,16 +393,42 @@ class CheckpointConfig:
 class RunConfig:
     """Where the run lives and what it reports."""
 
-    dir: str = _option("runs/default", "the run's directory: checkpoints/, metrics.jsonl, exit.json, tensorboard/")
+    dir: str = _option("runs/default", "the run's directory: checkpoints/, metrics.jsonl, exit.json, tensorboard/, "
+                                        "profile/")
     seed: int = _option(1337, "seeds initialisation, sample order and dropout")
     log_every: int = _option(10, "steps between printed lines (metrics.jsonl has every step)")
     tensorboard: bool = _option(True, "write TensorBoard scalars to RUN_DIR/tensorboard")
-    wandb: str | None = _option(None, "Weights & Biases project to log to (needs the wandb package)")
+    wandb: str | None = _option(None, "Weights & Biases project to log to (the extra `wandb`); its key comes from "
+                                      "the environment (WANDB_API_KEY) or `wandb login`, and is saved nowhere")
+    hang_timeout_s: float = _option(
+        600.0, "seconds without progress of any rank after which the run writes RUN_DIR/hang-report-*.txt and ends "
+               "with exit code 75; parallel.timeout_s before the first step. 0: off")
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir is empty, expected the run's directory")
         _require(self.log_every > 0, f"run.log_every is {self.log_every}, expected at least 1")
+        _require(0 <= self.hang_timeout_s < float("inf"),
+                 f"run.hang_timeout_s is {self.hang_timeout_s}, expected 0 (off) or more seconds")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}, expected 0 <= seed < 2^63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A trace of chosen steps, and what holds memory in them, in RUN_DIR/profile. It changes no result."""
+
+    steps: list[int] = _option((), "[first, last] step to trace with torch.profiler (Chrome's trace format), such as "
+                                   "[10, 12]; the first step is 1. Empty: off. Traced steps are slower")
+    ranks: list[int] = _option((0,), "which ranks write a trace each")
+    memory: bool = _option(False, "in those steps also: CUDA: a snapshot of all allocations, for "
+                                  "pytorch.org/memory_viz; CPU: what each operation allocates")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", list(self.steps))
+        object.__setattr__(self, "ranks", list(self.ranks))
+        _require(not self.steps or (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]),
+                 f"profile.steps is {self.steps}, expected [first, last] with 1 <= first <= last, or [] for none")
+        _require(all(rank >= 0 for rank in self.ranks), f"profile.ranks is {self.ranks}, expected ranks from 0 on")
+        _require(bool(self.steps) or not self.memory, "profile.memory=true needs profile.steps=[first, last]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +452,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         for name in ("train_data", "val_data", "test_data"):
-            object.__setattr__(self, name, os.path.expandvars(getattr(self, name)))
+            object.__setattr__(self, name, expand_variables(getattr(self, name)))
         _require(re.fullmatch(r"none|head|last:[1-9][0-9]*", self.freeze) is not None,
                  f"task.freeze is {self.freeze!r}, expected none, head, or last:N such as last:1")
         _require(0 <= self.val_fraction < 1, f"task.val_fraction is {self.val_fraction}, expected 0 <= share < 1")
@@ -501,6 +565,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    profile: ProfileConfig = ProfileConfig()
     classify: ClassifyConfig = ClassifyConfig()
     instruct: InstructConfig = InstructConfig()
     dpo: DPOConfig = DPOConfig()
@@ -530,10 +595,17 @@ class Config:
                  "eval.tasks is for models that write text, but task.name=classify: leave it out")
         for name in ("tasks", "prompt"):
             _require(not getattr(self.eval, name) or self.parallel.tensor == 1,
-                     f"eval.{name} with parallel.tensor={self.parallel.tensor}: it divides the positions of a sequence, "
-                     f"and cannot go on from a single one; use `gptdist evaluate` or `generate` on the checkpoints")
+                     f"eval.{name} with parallel.tensor={self.parallel.tensor}: it divides the positions of a "
+                     f"sequence, and cannot go on from a single one; use `gptdist evaluate` or `generate` on the "
+                     f"checkpoints")
         _require(not self.eval.prompt or not self.is_finetuning,
                  f"eval.prompt is for pretraining, but task.name={self.task.name}: leave it out")
+        _require(not self.train.may_rewind or self.checkpoint.every > 0,
+                 "train.on_nonfinite or train.on_spike is rewind, but checkpoint.every=0 leaves nothing to go back to: "
+                 "set checkpoint.every")
+        _require(not self.train.may_rewind or self.task.name != "dpo" or self.lora.rank > 0,
+                 "train.on_nonfinite or train.on_spike is rewind with task.name=dpo: the samples that take the place "
+                 "of others may have no reference of the model at the start; use skip or stop, or lora.rank")
         self._check_muon()
         self._check_tensor_parallel()
         # An input that is divided by channels has no mask that is the same however many processes divide it.
@@ -613,19 +685,34 @@ def _names(values: dict[str, dict[str, Any]]) -> set[str]:
             if value is not None}
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The plain values of a YAML text; no tag makes an object. Raises UserError for what is no YAML, and for more than
+    YAML_VALUES values: aliases (`*name`) inside each other stand for any number of them."""
     import yaml
 
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    rest, count = [values], 0
+    while rest:
+        value = rest.pop()
+        count += 1
+        if count > YAML_VALUES:
+            raise UserError(f"{where} stands for more than {YAML_VALUES:,} values: expected a few hundred; write out "
+                            f"what its aliases (*name) repeat")
+        rest += value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
+    return values
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML configuration") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text, path)
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -4,7 +4,6 @@
 Nothing here fails because something is missing: what is missing is the answer.
 """
 
-import importlib.metadata
 import json as jsonlib
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .cluster import code_hash, package_version
 from .errors import EXIT_DONE
 from .ops import backends
 from .parallel import host
@@ -37,13 +37,6 @@ def _version_line(command: list[str]) -> str | None:
     if result.returncode != 0 or not lines:
         return f"{path}: --version exits with {result.returncode}"
     return f"{lines[-1] if 'nvcc' in command[0] else lines[0]} ({path})"
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> dict:
@@ -138,7 +131,8 @@ def collect() -> dict:
     """Everything doctor knows, as JSON-ready data."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     return {
-        "gptdist": _package_version("gptdist"),
+        "gptdist": package_version("gptdist"),
+        "code": code_hash(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": {
@@ -154,7 +148,7 @@ def collect() -> dict:
             "nvcc": _version_line(["nvcc", "--version"]),
             "ninja": _version_line(["ninja", "--version"]),
         },
-        "packages": {name: _package_version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "distributed": _distributed(),
         "library": _library(),
         "cuda_library": _cuda_library(),
@@ -169,7 +163,7 @@ def _summary(found: dict) -> list[tuple[str, str]]:
     training = found["cpu_training"]
     devices = [f"{d['device']} {d['name']}, {d['memory_gib']} GiB, sm {d['capability']}" for d in found["devices"]]
     rows = [
-        ("gptdist", found["gptdist"] or "not installed (running from its source)"),
+        ("gptdist", f"{found['gptdist'] or 'not installed (running from its source)'}, code {found['code'][:12]}"),
         ("python", f"{found['python']} on {found['platform']}"),
         ("torch", f"{found['torch']['version']}, CUDA {found['torch']['cuda'] or 'not built in'}"),
         ("devices", "\n".join(devices) or f"cpu only: {backends.cuda_device_problem()}"),

@@ -1,6 +1,6 @@
 """Errors that a user can act on, and the exit codes they map to.
 
-Exit codes: 0 done, 1 a bug (traceback), 2 the user's input, 3 a device or tool is missing, 75 please requeue.
+Exit codes: 0 done, 1 a bug (traceback), 2 the user's input, 3 a device or tool is missing or faulty, 75 please requeue.
 """
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MISSING, EXIT_REQUEUE = 0, 1, 2, 3, 75
@@ -32,5 +32,11 @@ class LockedError(UserError):
 
 class MissingError(ActionableError):
     """A device, tool or package that was asked for is not there. The message says which, and how to get it."""
+
+    exit_code = EXIT_MISSING
+
+
+class ReplicaError(ActionableError):
+    """Ranks do not hold the same values of what they should hold alike: a device is at fault."""
 
     exit_code = EXIT_MISSING

@@ -61,6 +61,16 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in scalars.items()}, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, from which the run goes on again."""
+        with _writing(self.path):
+            self._file.close()
+            _truncate(self.path, step)
+            self._file = self.path.open("a", encoding="utf-8")
+            if self._board is not None:
+                self._board.close()
+                self._board = _tensorboard(self.path.parent, step)
+
     def close(self) -> None:
         with _writing(self.path):
             self._file.close()
@@ -129,8 +139,13 @@ def _wandb(project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingError("run.wandb is set, but the wandb package is not installed: pip install wandb") from error
-    return wandb.init(project=project, dir=str(run_dir), config=resolved, resume="allow")
+        raise MissingError("run.wandb is set, but the wandb package is not installed: pip install 'gptdist[wandb]', or "
+                           "unset run.wandb") from error
+    try:
+        return wandb.init(project=project, dir=str(run_dir), config=resolved, resume="allow")
+    except wandb.errors.Error as error:
+        raise UserError(f"run.wandb={project}: Weights & Biases does not start ({' '.join(str(error).split())[:200]}): "
+                        f"set WANDB_API_KEY, or `wandb login`, or WANDB_MODE=offline") from error
 
 
 def plot_losses(run_dir: Path, output: Path, baseline: float | None = None) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,12 @@ def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **en
                           input=stdin, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:
     """`torchrun --nproc-per-node WORLD ARGS` on this machine."""
     return subprocess.run(torchrun_command(world, *args), capture_output=True, text=True, cwd=ROOT, timeout=timeout_s,
@@ -109,6 +116,18 @@ def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.Complet
 
 def torchrun_command(world: int, *args: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *args]
+
+
+def start_ranks(*args: str, world: int = 2) -> list[subprocess.Popen]:
+    """`python ARGS` as each rank of a world of its own, without a launcher; stderr is piped."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen(
+        [sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                          "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+        for rank in range(world)]
 
 
 class Workers:
@@ -162,3 +181,11 @@ def two_processes(tmp_path_factory) -> Iterator[Workers]:
     workers = Workers(2, tmp_path_factory.mktemp("workers"))
     yield workers
     workers.stop()
+
+
+@pytest.fixture(scope="session")
+def fault_runs(dataset, two_processes, tmp_path_factory) -> Path:
+    """The directory with the runs of tests/faults_worker.py."""
+    out = tmp_path_factory.mktemp("faults")
+    two_processes.run("tests.faults_worker", dataset, out)
+    return out

@@ -205,7 +205,7 @@ def test_a_mixture_of_an_earlier_version_is_refused(prepared, tmp_path, monkeypa
     with monkeypatch.context() as earlier:
         earlier.setattr(pretrain, "phases_identity", functools.partial(phases_identity, rule=None))
         train(prepared, tmp_path / "run", entries, "--train.stop_at=1")
-    with pytest.raises(UserError, match="was trained on this mixture by an earlier version, .*checkpoint.init_from"):
+    with pytest.raises(UserError, match=r"was trained on this mixture by an earlier version, .*checkpoint\.init_from"):
         train(prepared, tmp_path / "run", entries)
 
 

@@ -171,7 +171,7 @@ def test_a_yaml_file_is_a_corpus(tmp_path):
     for text, message in (("inptu: [a]", "unknown key 'inptu'; did you mean 'input'"),
                           ("input: a", "input is 'a', expected list"),
                           ("[1]", "holds a list"), ("min_chars: yes", "min_chars is 'True', expected int"),
-                          ("input: [", "cannot be read as YAML")):
+                          ("input: [", "is not valid YAML")):
         path.write_text(text + "\n")
         with pytest.raises(UserError, match=message):
             load_config(str(path), {})

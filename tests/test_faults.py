@@ -1,11 +1,7 @@
 """How a start ends: its exit code, what it prints, and exit.json, whatever other starts left there."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +12,7 @@ from gptdist.checkpoint.store import _cause
 from gptdist.errors import EXIT_REQUEUE, LockedError, UserError
 from gptdist.faults import ExitRecord, lock_run_dir
 from gptdist.parallel.world import init_world
-from tests.conftest import ROOT
+from tests.conftest import start_ranks
 from tests.training import tiny_config, train_rows
 
 
@@ -90,7 +86,7 @@ def test_a_refused_second_start_leaves_the_record_alone(dataset, tmp_path, capsy
 
 
 def test_the_cause_on_another_rank_is_named(tmp_path, monkeypatch, capsys):
-    def lost(config, world):
+    def lost(config, world, beat):
         other = ExitRecord(tmp_path / "run", 1)
         other.agree("a")
         other.write(2, "bad token")
@@ -123,15 +119,7 @@ def test_a_killed_rank_asks_for_a_new_start(dataset, tmp_path):
     """Rank 1 is killed with -9; rank 0 says so in one line, and that the run can go on."""
     path = tmp_path / "run.yaml"
     path.write_text(config_module.to_yaml(tiny_config(dataset, tmp_path / "run", "--train.steps=100000")))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "gptdist", "train", str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                          "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-        for rank in range(2)]
+    processes = start_ranks("-m", "gptdist", "train", str(path))
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and len(train_rows(tmp_path / "run")) >= 3):
         assert processes[0].poll() is None, processes[0].stderr.read()

@@ -1,5 +1,7 @@
 import errno
 import json
+import sys
+import types
 
 import pytest
 
@@ -40,10 +42,52 @@ def test_wandb_that_is_not_installed_is_named(tmp_path):
     try:
         import wandb  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingError, match="pip install wandb"):
+        with pytest.raises(MissingError, match=r"pip install 'gptdist\[wandb\]'"):
             Metrics(tmp_path, RunConfig(tensorboard=False, wandb="x"), start_step=0, resolved={})
     else:
         pytest.skip("wandb is installed here")
+
+
+class FakeWandb(types.ModuleType):
+    """What Metrics asks of the wandb package."""
+
+    class errors:
+        class Error(Exception):
+            pass
+
+    def __init__(self, fails: str = ""):
+        super().__init__("wandb")
+        self.fails, self.options, self.logged, self.finished = fails, {}, [], False
+
+    def init(self, **options):
+        if self.fails:
+            raise self.errors.Error(self.fails)
+        self.options = options
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_the_configuration_and_every_row(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = Metrics(tmp_path, RunConfig(tensorboard=False, wandb="project"), start_step=0, resolved={"a": {"b": 1}})
+    writer.write("train", 1, loss=2.0, tokens=3)
+    writer.write("ranks", 1, own_s_max=0.5, slowest_host="b")
+    writer.close()
+    assert fake.options == {"project": "project", "dir": str(tmp_path), "config": {"a": {"b": 1}}, "resume": "allow"}
+    assert fake.logged == [(1, {"train/loss": 2.0}), (1, {"ranks/own_s_max": 0.5})]
+    assert fake.finished
+
+
+def test_wandb_that_does_not_start_is_the_users_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("api_key not configured"))
+    with pytest.raises(UserError, match=r"run.wandb=x: .*\(api_key not configured\): set WANDB_API_KEY"):
+        Metrics(tmp_path, RunConfig(tensorboard=False, wandb="x"), start_step=0, resolved={})
 
 
 @pytest.mark.parametrize("line", ["garbage", "{}", "[1]", '{"kind": "train", "step": "x"}'])

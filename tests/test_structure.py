@@ -18,13 +18,13 @@ LAYERS = [
     {"parallel"},
     {"optim", "model", "lora"},
     {"ops"},
-    {"data", "metrics", "faults", "doctor", "plan"},
+    {"data", "metrics", "faults", "doctor", "doctor_distributed", "cluster", "plan", "profiling"},
     {"config"},
     {"errors"},
 ]
 # data, metrics, faults and doctor are leaves beside the ladder: they know only config, errors and, for doctor, what it
-# reports of ops and of parallel/host.py.
-EXTRA = {("doctor", "ops"), ("doctor", "parallel")}
+# reports of ops and of parallel/host.py. cluster and doctor_distributed look at the ranks, so they know parallel/ too.
+EXTRA = {("doctor", "ops"), ("doctor", "parallel"), ("doctor_distributed", "parallel"), ("cluster", "parallel")}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 

@@ -33,7 +33,7 @@ def base_of(checkpoint: Path) -> Path | None:
     """
     if BASE_NAME not in layout.complete(checkpoint).files:
         return None
-    match json.loads(layout.read_file(checkpoint, BASE_NAME)):
+    match layout.read_table(checkpoint, BASE_NAME):
         case {"path": str(path), "manifest_sha256": str(wanted)}:
             _check(checkpoint, Path(path), wanted)
             return Path(path)

@@ -95,15 +95,20 @@ def read_checked(path: Path, name: str, record: FileRecord) -> bytes:
     return data
 
 
+def read_table(path: str | os.PathLike, name: str) -> dict:
+    """A JSON file of a complete checkpoint, checked against its sha256, as a dict."""
+    try:
+        table = json.loads(read_file(path, name))
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise _incomplete(Path(path), f"{name} is not a JSON table")
+    return table
+
+
 def read_train_state(path: str | os.PathLike) -> dict:
     """train_state.json as a dict."""
-    try:
-        state = json.loads(read_file(path, TRAIN_STATE_NAME))
-    except (ValueError, RecursionError):
-        state = None
-    if not isinstance(state, dict):
-        raise _incomplete(Path(path), f"{TRAIN_STATE_NAME} is not a JSON table")
-    return state
+    return read_table(path, TRAIN_STATE_NAME)
 
 
 def scan(root: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -1,14 +1,16 @@
 """The ranks that save or load together. Every rank gets through every step, or every rank gets the same error."""
 
+import socket
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, UserError
+from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, ReplicaError, UserError
 
 T = TypeVar("T")
+Fault = tuple[str, str, str]
 
 
 class Ranks:
@@ -37,12 +39,19 @@ class Ranks:
     def on_all(self, do: Callable[[], T]) -> T:
         """Run `do` on every rank; if it fails on any, it fails on all, with the error of the lowest rank."""
         result, error = _attempt(do)
-        faults: list[Any] = [_describe(error)]
+        faults = self.gather(_describe(error))
         if self.distributed:
-            faults = [None] * self.world
-            dist.all_gather_object(faults, _describe(error), group=self.group)
+            faults = [fault and _located(rank, fault, None in faults) for rank, fault in enumerate(faults)]
         _raise_first(error, faults)
         return result
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        values: list[Any] = [value]
+        if self.distributed:
+            values = [None] * self.world
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -52,27 +61,33 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, e
 
 
-_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError)}
+_ACTIONABLE = {kind.__name__: kind for kind in (UserError, DamagedError, LockedError, MissingError, ReplicaError)}
 
 
-def _describe(error: BaseException | None) -> tuple[str, str] | None:
-    """(kind, text), which travels between ranks where an exception might not; the kind is "" for a bug."""
+def _describe(error: BaseException | None) -> Fault | None:
+    """(kind, text, host), which travels between ranks where an exception might not; the kind is "" for a bug."""
     if error is None:
         return None
-    kind = type(error).__name__
+    kind, host = type(error).__name__, socket.gethostname()
     if _ACTIONABLE.get(kind) is type(error):
-        return kind, str(error)
+        return kind, str(error), host
     if isinstance(error, UserError):
-        return UserError.__name__, str(error)
-    return "", "".join(traceback.format_exception(error))
+        return UserError.__name__, str(error), host
+    return "", "".join(traceback.format_exception(error)), host
 
 
-def _raise_first(own: BaseException | None, faults: list[tuple[str, str] | None]) -> None:
+def _located(rank: int, fault: Fault, only_some: bool) -> Fault:
+    """The fault, with the rank and its host where not all ranks have one."""
+    kind, text, host = fault
+    return kind, f"{text} (rank {rank} on {host})" if kind and only_some else text, host
+
+
+def _raise_first(own: BaseException | None, faults: list[Fault | None]) -> None:
     if own is not None and not isinstance(own, ActionableError):
         raise own
     for rank, fault in enumerate(faults):
         if fault is not None:
-            kind, text = fault
+            kind, text, _ = fault
             if not kind:
                 raise RuntimeError(f"rank {rank} failed:\n{text}") from own
             raise _ACTIONABLE[kind](text, agreed=True) from own

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from gptdist import config as config_module
 from gptdist import lora
 from gptdist.checkpoint import layout, store
-from gptdist.checkpoint.base import base_of
+from gptdist.checkpoint.base import base_of, weight_shapes
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import Config, LoRAConfig
@@ -30,8 +29,11 @@ from gptdist.parallel.init import local_box
 
 def read_config(checkpoint: str | os.PathLike) -> Config:
     """The resolved configuration saved in a checkpoint directory."""
-    values = yaml.safe_load(layout.read_file(checkpoint, "config.yaml"))
-    return config_module.from_dict(values, f"{checkpoint}/config.yaml")
+    where = f"{checkpoint}/config.yaml"
+    values = config_module.parse_yaml(layout.read_file(checkpoint, "config.yaml"), where)
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds a {type(values).__name__}, expected a run's configuration")
+    return config_module.from_dict(values, where)
 
 
 def load_model(checkpoint: Path, *, device: str | torch.device = "cpu",
@@ -44,6 +46,7 @@ def load_model(checkpoint: Path, *, device: str | torch.device = "cpu",
         layout.verify(checkpoint)
     config = read_config(checkpoint)
     refuse_classifier(checkpoint, config)
+    check_depth(checkpoint, config)
     model = _fill(build_meta(config.model), checkpoint, device, dtype)
     return model, Tokenizer.load(checkpoint / "tokenizer"), config
 
@@ -57,6 +60,7 @@ def load_classifier(checkpoint: Path, *, device: str | torch.device = "cpu",
     if config.task.name != "classify":
         raise UserError(f"{checkpoint} is no classifier, its task.name is {config.task.name}: train one with "
                         f"`gptdist finetune`, task.name=classify")
+    check_depth(checkpoint, config)
     model = build(dataclasses.replace(config, lora=LoRAConfig()))  # adapters will be merged
     return _fill(model, checkpoint, device, torch.float32), Tokenizer.load(checkpoint / "tokenizer"), config
 
@@ -68,7 +72,20 @@ def refuse_classifier(checkpoint: str | os.PathLike, config: Config) -> None:
                         f"{', '.join(config.classify.labels)}: use `gptdist classify {checkpoint}`")
 
 
+def check_depth(checkpoint: Path, config: Config) -> None:
+    """Raise UserError where config.yaml has more blocks than the checkpoint has tensors: before they are made."""
+    tensors = weight_shapes(checkpoint)
+    if config.model.n_layers > len(tensors):
+        raise UserError(f"damaged checkpoint: {checkpoint}: its config.yaml has {config.model.n_layers} blocks, but it "
+                        f"holds {len(tensors)} tensors; use another checkpoint")
+
+
 def _fill(model: GPT, checkpoint: Path, device: str | torch.device, dtype: torch.dtype) -> GPT:
+    shapes = weight_shapes(checkpoint)
+    for name, parameter in model.named_parameters():  # before memory is asked for
+        if (found := shapes.get(f"model.{name}")) != tuple(parameter.shape):
+            raise UserError(f"damaged checkpoint: {checkpoint}: it has model.{name} as {found}, its config.yaml gives "
+                            f"{tuple(parameter.shape)}; use another checkpoint")
     model.to(dtype).to_empty(device=device)
     load_weights(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.eval()

@@ -7,7 +7,7 @@ their own, since collectives of two threads in one group would mix.
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from gptdist.checkpoint import layout, store
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.share import HostBuffers, SharePlanner
-from gptdist.errors import ActionableError
+from gptdist.errors import ActionableError, UserError
 
 
 class Saver:
@@ -28,8 +28,10 @@ class Saver:
     same on every rank, by `wait` or at the end of the `with` block, which also waits for the save under way.
     """
 
-    def __init__(self, root: Path, *, keep_last: int, keep_best: bool, timeout_s: float | None = None):
-        self.root, self.keep_last, self.keep_best = root, keep_last, keep_best
+    def __init__(self, root: Path, *, keep_last: int, keep_best: bool, timeout_s: float | None = None,
+                 note: Callable[[str], None] = lambda phase: None):
+        """note: called with the phase of a save that begins or goes on, from its thread; "" when it is over."""
+        self.root, self.keep_last, self.keep_best, self._note = root, keep_last, keep_best, note
         group = None
         if dist.is_available() and dist.is_initialized():
             timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
@@ -103,5 +105,16 @@ class Saver:
             self._error = e
 
     def _write(self, step: int, planner: SharePlanner, files: Mapping[str, bytes]) -> None:
-        store.write(self.root, step, planner, files, self._ranks)
-        self._ranks.on_coordinator(lambda: layout.prune(self.root, self.keep_last, self.keep_best))
+        try:
+            store.write(self.root, step, planner, files, self._ranks, self._note)
+            self._note("prune")
+            self._ranks.on_coordinator(self._prune)
+        finally:
+            self._note("")
+
+    def _prune(self) -> None:
+        """The new checkpoint is there, whether the old ones go or not."""
+        try:
+            layout.prune(self.root, self.keep_last, self.keep_best)
+        except UserError as error:
+            print(f"an old checkpoint is still there: {error}", file=sys.stderr, flush=True)

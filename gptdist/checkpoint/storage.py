@@ -4,7 +4,7 @@ DCP's own FileSystemWriter keeps its index in a pickle (.metadata). Here each ra
 coordinator writes index.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from gptdist.checkpoint.share import unwritten
 class SafetensorsWriter(StorageWriter):
     """Writes shard-NNNNN.safetensors and index.json into an existing, empty directory.
 
-    Afterwards `records`, on the coordinator, has size and sha256 of every file written.
+    Afterwards `records`, on the coordinator, has size and sha256 of every file written. `note` is called as it goes on.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, note: Callable[[], None]):
+        self.path, self._note = path, note
         self.records: dict[str, FileRecord] = {}
 
     def reset(self, checkpoint_id=None) -> None:
@@ -57,7 +57,7 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         file, results = plan.storage_data, []
         if plan.items:
-            parts = [_part(item, planner) for item in plan.items]
+            parts = [_part(item, planner, self._note) for item in plan.items]
             with user_errors("save to"):
                 record = write_shard(self.path / file, parts)
             # The first result is about the file, the others each about a chunk: (file, key).
@@ -96,11 +96,16 @@ def _worth_writing(item: WriteItem) -> bool:
     return item.tensor_data.chunk.sizes.numel() > 0 or item.tensor_data.size.numel() == 0
 
 
-def _part(item: WriteItem, planner: SavePlanner) -> Part:
+def _part(item: WriteItem, planner: SavePlanner, note: Callable[[], None]) -> Part:
     chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
     whole = chunk.sizes == item.tensor_data.size
     key = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
-    return Part(key, dtype, tuple(chunk.sizes), lambda: planner.resolve_data(item))
+
+    def get() -> torch.Tensor:
+        note()
+        return planner.resolve_data(item)
+
+    return Part(key, dtype, tuple(chunk.sizes), get)
 
 
 class SafetensorsReader(StorageReader):

@@ -4,6 +4,7 @@
 the same error on every rank, and leaves nothing behind.
 """
 
+import math
 import os
 import shutil
 import warnings
@@ -53,17 +54,23 @@ def save(
     return write(Path(root), step, SharePlanner(tensors, ranks.rank, ranks.world), files or {}, ranks)
 
 
-def write(root: Path, step: int, planner: SharePlanner, files: Mapping[str, bytes], ranks: Ranks) -> Path:
-    """`save` of what the planner holds. No rank returns or raises before all is published or cleaned away."""
+def write(root: Path, step: int, planner: SharePlanner, files: Mapping[str, bytes], ranks: Ranks,
+          note: Callable[[str], None] = lambda phase: None) -> Path:
+    """`save` of what the planner holds. No rank returns or raises before all is published or cleaned away.
+
+    note: called with the phase that begins or goes on: plan, write, seal, rename.
+    """
+    note("plan")
     temporary = ranks.on_coordinator(lambda: _begin(root, step))
-    writer, error = SafetensorsWriter(temporary), None
+    writer, error = SafetensorsWriter(temporary, lambda: note("write")), None
     try:
         try:
             _plan_and_write(writer, planner, ranks)
         except CheckpointException as e:  # raised on every rank
             error = _cause(e)
         if error is None:
-            return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files))
+            note("seal")
+            return ranks.on_coordinator(lambda: _publish(root, step, temporary, writer.records, files, note))
         ranks.on_coordinator(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise error
     except BaseException:
@@ -141,13 +148,15 @@ def _begin(root: Path, step: int) -> Path:
 
 
 def _publish(
-    root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes]
+    root: Path, step: int, temporary: Path, shards: Mapping[str, FileRecord], files: Mapping[str, bytes],
+    note: Callable[[str], None],
 ) -> Path:
     """Everything after the tensors: the other files, the manifest, the rename."""
     final = root / step_name(step)
     try:
         with user_errors("save to"):
             seal(temporary, step, shards, files)
+            note("rename")
             refuse_existing(final)
             with naming(final):
                 os.rename(temporary, final)
@@ -215,11 +224,19 @@ def checked_index(path: Path) -> Index:
     """index.json of a complete checkpoint, every file it names being in the manifest."""
     manifest = complete(path)
     index = decode(read_checked(path, INDEX_NAME, manifest.files[INDEX_NAME]), path / INDEX_NAME)
+    claimed: dict[str, int] = {}
     for key, entry in index.items():
-        if unknown := [chunk.file for chunk in entry.chunks if chunk.file not in manifest.files]:
-            why = f"{key} lies in {unknown[0]}, which {MANIFEST_NAME} does not name"
-            raise UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
+        for chunk in entry.chunks:
+            claimed[chunk.file] = claimed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+            if chunk.file not in manifest.files:
+                raise _damaged(path, f"{key} lies in {chunk.file}, which {MANIFEST_NAME} does not name")
+            if claimed[chunk.file] > manifest.files[chunk.file].size:  # memory is asked for before a file is read
+                raise _damaged(path, f"{INDEX_NAME} claims more bytes in {chunk.file} than it has, up to {key}")
     return index
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
 
 
 def _grown(entry: Entry, shape: torch.Size) -> Entry:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.base import base_of, weight_shapes
 from gptdist.checkpoint.index import Entry
-from gptdist.checkpoint.restore import read_config
+from gptdist.checkpoint.restore import check_depth, read_config
 from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import ModelConfig
 from gptdist.data.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ def verify_values(checkpoint: Path) -> Verified:
     config = read_config(checkpoint)
     _check_step(checkpoint, manifest.step)
     _check_tokenizer(checkpoint, config.model)
+    check_depth(checkpoint, config)
     parameters = dict(build(config).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     _check_model(checkpoint, reader.index, shapes)

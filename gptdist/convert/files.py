@@ -92,8 +92,19 @@ def tensor_parts(values: object, where: Path) -> dict[str, Part]:
     if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
         raise UserError(f"{where}: expected a table of tensors by name, got {type(values).__name__}; "
                         f"save the model's state_dict()")
+    for name, value in values.items():
+        if not is_plain(value):
+            raise UserError(f"{where}: {name} is no plain tensor that the file holds whole ({value.layout}, "
+                            f"{value.device.type}, shape {tuple(value.shape)}); save dense, contiguous weights")
     return {str(name): Part(str(name), value.dtype, tuple(value.shape), partial(finite, value, str(name), where))
             for name, value in values.items()}
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is dense and in memory, and no larger than its bytes there: strides may repeat some of them."""
+    return (type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_quantized
+            and value.device.type == "cpu"
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
 def finite(value: Tensor, name: str, where: Path) -> Tensor:

@@ -27,12 +27,24 @@ class Foreign:
     note: str = ""  # what a user must know about the result
 
 
+LARGEST_SIZE = 1 << 31  # of any dimension of a model
+
+
 def named_config(path: Path, **values: Any) -> ModelConfig:
     """The configuration that a file gives; an impossible one is an error that names the file."""
+    if large := [name for name, value in values.items() if isinstance(value, int) and value > LARGEST_SIZE]:
+        raise UserError(f"{path}: {large[0]} is {str(values[large[0]])[:40]}, expected a size that a model can have")
     try:
         return ModelConfig(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def check_depth(config: ModelConfig, tensors: int, path: Path) -> None:
+    """Raise UserError where a file says more blocks than there are tensors: before they are made."""
+    if config.n_layers > tensors:
+        raise UserError(f"{path} says {config.n_layers} blocks, but the model has {tensors} tensors: they belong to "
+                        f"different models; use the files that the model was saved with")
 
 
 def exact_ratio(hidden: int, width: int) -> float:

@@ -15,7 +15,7 @@ from gptdist.checkpoint.shards import Part
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
 from gptdist.convert.files import listed, memory_part, read_json, read_safetensors, read_torch, tensor_parts
-from gptdist.convert.foreign import Foreign, exact_ratio, named_config
+from gptdist.convert.foreign import LARGEST_SIZE, Foreign, check_depth, exact_ratio, named_config
 from gptdist.errors import UserError
 
 _GELU = ("gelu_new", "gelu_pytorch_tanh")  # GELU's tanh approximation
@@ -33,7 +33,9 @@ def read_hf(directory: Path) -> Foreign:
     """A GPT-2 model directory. Raises UserError for other architectures and for files that do not fit each other."""
     found = read_json(directory / "config.json")
     config, rows = model_config(found, directory / "config.json")
-    parts = _our_names(_read_weights(directory), config, directory)
+    weights = _read_weights(directory)
+    check_depth(config, len(weights), directory / "config.json")
+    parts = _our_names(weights, config, directory)
     wanted = gpt2.plain_shapes(config, rows)
     parts = {name: conv1d(name, part) for name, part in parts.items()}
     gpt2.check_plain(parts, wanted, directory, "config.json")
@@ -66,16 +68,19 @@ def model_config(found: Mapping, path: Path) -> tuple[ModelConfig, int]:
 def _size(found: Mapping, path: Path, default: int, *names: str) -> int:
     name = next((name for name in names if name in found), names[0])
     value = found.get(name, default)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {name} is {value!r}, expected a whole number of at least 1")
+    if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a whole number from 1 to {LARGEST_SIZE}")
     return value
 
 
 def _number(found: Mapping, path: Path, name: str, default: float) -> float:
     value = found.get(name, default)
-    if type(value) not in (int, float):
-        raise UserError(f"{path}: {name} is {value!r}, expected a number")
-    return float(value)
+    if type(value) not in (int, float) or not abs(value) < float("inf"):
+        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a number") from None
 
 
 def _bool(found: Mapping, path: Path, name: str) -> bool:

@@ -1,7 +1,5 @@
 """`gptdist import`: another program's model -> a checkpoint, one tensor at a time."""
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,5 +125,5 @@ def checkpoint_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, byte
     tokens = model.context * max(1, TrainConfig().tokens_per_step // model.context)
     config = Config(model=model, train=TrainConfig(tokens_per_step=tokens))
     return {"config.yaml": to_yaml(config).encode(),
-            "train_state.json": json.dumps(dataclasses.asdict(TrainState())).encode(),
+            "train_state.json": TrainState().encode(),
             **{f"tokenizer/{name}": data for name, data in tokenizer.files().items()}}

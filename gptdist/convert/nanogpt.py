@@ -6,7 +6,7 @@ from pathlib import Path
 from gptdist.config import ModelConfig
 from gptdist.convert import gpt2
 from gptdist.convert.files import read_torch, tensor_parts
-from gptdist.convert.foreign import Foreign, named_config
+from gptdist.convert.foreign import Foreign, check_depth, named_config
 from gptdist.convert.hf import check_tied
 from gptdist.errors import UserError
 
@@ -30,9 +30,10 @@ def read_nanogpt(path: Path) -> Foreign:
     if not isinstance(found, Mapping) or not {"model", "model_args"} <= found.keys():
         raise UserError(f"{path}: expected nanoGPT's 'model' and 'model_args'; "
                         f"use the ckpt.pt that nanoGPT's train.py wrote")
-    config = _model_config(found["model_args"], path)
+    config, tensors = _model_config(found["model_args"], path), tensor_parts(found["model"], path)
+    check_depth(config, len(tensors), path)
     ours = {gpt2.gpt2_name(name): name for name in gpt2.shapes(config)} | {"lm_head.weight": "head.weight"}
-    named = {key.removeprefix(_PREFIX): part for key, part in tensor_parts(found["model"], path).items()}
+    named = {key.removeprefix(_PREFIX): part for key, part in tensors.items()}
     parts = {ours.get(key, key): part for key, part in named.items()
              if not key.endswith((".attn.bias", ".attn.masked_bias"))}
     if "head.weight" in parts:  # always tied

@@ -36,7 +36,7 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 def damage_errors(path: Path) -> tuple[type[Exception], ...]:
     """What reading a damaged or cut file raises; OSError, which bzip2 and gzip also use, is not among them."""
-    errors = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+    errors = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, MemoryError)  # a dictionary beyond all memory
     return (*errors, zstd_module(path).ZstdError) if format_of(path) == "zstd" else errors
 
 

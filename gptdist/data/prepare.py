@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gptdist.config import DataConfig
+from gptdist.config import DataConfig, expand_variables
 from gptdist.data.clean import (
     Cleaner,
     Duplicates,
@@ -123,7 +123,7 @@ def prepare_input(config: DataConfig) -> None:
     What is there has to be of that text, wherever the text lies now; where it lies nowhere its name is compared. Raises
     UserError for what is of another text or of other settings, and for a text that is needed and not there.
     """
-    path, text = Path(config.path), os.path.expandvars(config.input)
+    path, text = Path(config.path), expand_variables(config.input)
     wanted = PrepareConfig(inputs=[text], output=config.path, tokenizer=config.tokenizer, split="tail",
                            val_fraction=config.val_fraction)
     if not path.exists():

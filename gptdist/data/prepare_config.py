@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptdist.config import parse_yaml
 from gptdist.data.quality import parse_rules
 from gptdist.data.scrub import Scrub
 from gptdist.data.writer import DEFAULT_SHARD_TOKENS
@@ -98,12 +99,11 @@ def load_config(path: str | None, given: dict[str, Any]) -> PrepareConfig:
 
 
 def _read(path: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from error
+    values = parse_yaml(text, path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, expected keys such as `input:` and `output:`")
     hints = typing.get_type_hints(PrepareConfig)

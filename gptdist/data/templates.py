@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from gptdist.config import parse_yaml
 from gptdist.data.instructions import ASSISTANT, Conversation, Turn
 from gptdist.data.tokenizer import EOT, Tokenizer
 from gptdist.errors import UserError
@@ -223,11 +222,12 @@ def template_from(values: Any, where: str) -> Template:
 
 def _from_file(path: Path) -> Template:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the template {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"template {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(text, f"template {path}")
     return template_from({"name": path.stem} | values if isinstance(values, dict) else values, f"template {path}")
 
 

@@ -311,6 +311,9 @@ def _read_header(path: Path) -> dict:
         raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; expected a file written by Tokenizer.save")
     if header["format"] != FORMAT:
         raise UserError(f"{path}: format {header['format']!r} is unknown, expected {FORMAT}; update gptdist")
+    added = header.get("added", [])
+    if not isinstance(added, list) or not all(isinstance(word, str) for word in added):
+        raise UserError(f"{path}: added is {str(added)[:40]!r}, expected a list of words; restore the file")
     for name, kind, expected in (("name", str, "a string"), ("pattern", str, "a string"), ("hash", str, "a string"),
                                  ("specials", dict, "an object of names and ids")):
         if not isinstance(header[name], kind):

@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
 from gptdist.model import LanguageModel, Linear
 from gptdist.optim.adamw import AdamW, local, slots
+from gptdist.parallel.flat_shard import FlatShard
 from gptdist.parallel.host import has_bf16
 from gptdist.parallel.init import fill_initial_values
 from gptdist.parallel.tensor import is_replicated, shard_tensors
@@ -40,6 +42,7 @@ class Strategy:
         self.n_parameters: int  # of the whole model
         self.optimizer: AdamW | None = None
         self.shadows: dict[nn.Parameter, Tensor] = {}  # bf16 copies of weights, for the products
+        self.on_call: Callable[[], object] = lambda: None  # told of every forward, training or not
         self._norm: Tensor | None = None
 
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory | None) -> None:
@@ -87,6 +90,7 @@ class Strategy:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.on_call()
         with self._compute():
             return self._forward_module()(*args, **kwargs)
 
@@ -136,6 +140,17 @@ class Strategy:
         self.optimizer.zero_grad(set_to_none=True)
         self._norm = None
 
+    def bad_gradients(self) -> list[str]:
+        """Parameters of whose accumulated gradient this rank holds a part that is not finite. Before apply or discard.
+
+        With several ranks it has been reduced: what one of them computed is in all.
+        """
+        return [name for name, p in self.trainable() if p.grad is not None and not is_finite(local(p.grad))]
+
+    def bad_weights(self) -> list[str]:
+        """Parameters of which this rank holds a part that is not finite."""
+        return [key.removeprefix("model.") for key, tensor in self.model_state().items() if not is_finite(held(tensor))]
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradients, no gradient synchronisation."""
@@ -156,6 +171,10 @@ class Strategy:
         optim = {f"optim.{name}.{slot}": value for name, p in self.trainable()
                  for slot, value in slots(self.optimizer, p).items()}
         return self.model_state() | optim
+
+    def replicas(self) -> list[tuple[dist.ProcessGroup | None, dict[str, Tensor]]]:
+        """(process group, None for all ranks; key -> what each of its ranks holds alike): for check_replicas."""
+        return []
 
 
 class Single(Strategy):
@@ -190,6 +209,9 @@ class DDP(Strategy):
 
     def _averages_over(self) -> int:
         return self.world.size
+
+    def replicas(self) -> list[tuple[dist.ProcessGroup | None, dict[str, Tensor]]]:
+        return [(None, self.state())]
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -241,6 +263,13 @@ class FSDP(Strategy):
             dist.all_reduce(squared, group=self.world.mesh[dimension].get_group())
         return squared.sqrt().float()
 
+    def replicas(self) -> list[tuple[dist.ProcessGroup | None, dict[str, Tensor]]]:
+        if self.world.tensor == 1:
+            return []
+        whole = {key: local(tensor) for key, tensor in self.state().items()
+                 if isinstance(tensor, DTensor) and is_replicated(tensor)}
+        return [(self.world.mesh["tp"].get_group(), whole)]
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         with torch.no_grad():
@@ -257,6 +286,10 @@ class HSDP(FSDP):
     def _mesh(self) -> DeviceMesh:
         return self.world.mesh["dp_replicate", "dp_shard"]
 
+    def replicas(self) -> list[tuple[dist.ProcessGroup | None, dict[str, Tensor]]]:
+        own = {key: local(tensor) for key, tensor in self.state().items()}
+        return [(self.world.mesh["dp_replicate"].get_group(), own), *super().replicas()]
+
 
 STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP}
 
@@ -267,3 +300,12 @@ def make_strategy(world: World, config: Config) -> Strategy:
 
         return ZeRO(world, config)
     return STRATEGIES[world.strategy](world, config)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """This rank's values of a tensor of a strategy's state, plain."""
+    return tensor.flat if isinstance(tensor, FlatShard) else local(tensor)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

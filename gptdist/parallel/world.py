@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from gptdist.config import ParallelConfig
 from gptdist.errors import MissingError, UserError
 from gptdist.parallel.host import physical_cores
+from gptdist.parallel.meeting import open_store
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -80,12 +81,12 @@ def init_world(config: ParallelConfig) -> World:
     Raises UserError for a strategy that does not fit the number of processes, MissingError for an absent GPU.
     """
     rank, size = env_rank(), env_world_size()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), env_local_world_size()
+    local_size = env_local_world_size()
     strategy = config.strategy if config.strategy != "auto" else ("single" if size == 1 else "fsdp")
     if strategy == "single" and size > 1:
         raise UserError(f"parallel.strategy=single runs in one process, but {size} were started: use ddp or fsdp",
                         agreed=True)
-    device = _device(config.device, local_rank)
+    device = choose_device(config.device)
     torch.set_num_threads(config.threads or max(1, physical_cores() // local_size))
     tensor = config.tensor
     if size % tensor:
@@ -93,7 +94,7 @@ def init_world(config: ParallelConfig) -> World:
                         agreed=True)
     if strategy == "single":
         return World(rank, size, device, strategy, None)
-    _join(device, rank, size, config.timeout_s)
+    join(device, rank, size, config.timeout_s)
     replicas = _replicas(config, strategy, size, local_size)
     mesh = init_device_mesh(device.type, (1, replicas, size // replicas // tensor, 1, tensor), mesh_dim_names=MESH_DIMS)
     return World(rank, size, device, strategy, mesh, tensor)
@@ -113,8 +114,9 @@ def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int)
     return replicas
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
-    available = torch.cuda.is_available()
+def choose_device(wanted: str) -> torch.device:
+    """This process's device for parallel.device. Raises MissingError where it is not there."""
+    available, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if wanted == "cuda" and not available:
         raise MissingError("parallel.device=cuda, but torch sees no GPU: "
                            "see `gptdist doctor`, or use --parallel.device=cpu")
@@ -128,14 +130,14 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def _join(device: torch.device, rank: int, size: int, timeout_s: int) -> None:
+def join(device: torch.device, rank: int, size: int, timeout_s: int) -> None:
+    """Be one of the default process group, unless this process is already. Raises UserError as open_store does."""
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Without a launcher a world of one needs no address: an in-process store serves.
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    known = {} if store is None else dict(store=store, rank=rank, world_size=size)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **known)
+    store = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else open_store(rank, size, timeout_s)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=size)
 
 
 def end_process(code: int) -> None:

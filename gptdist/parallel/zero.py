@@ -187,11 +187,21 @@ class ZeRO(Strategy):
 
     def _gradients(self) -> list[Tensor]:
         """This rank's partitions of the averaged gradient."""
+        return [gradient for group in self._gradients_by_flat().values() for gradient in group]
+
+    def _gradients_by_flat(self) -> dict[int, list[Tensor]]:
+        """The same by number of the flat partition, in pieces that follow one another."""
         if self._bf16_stage_1:
-            return list(self.zero.fp32_groups_gradient_flat_partition)
+            return {i: [gradient] for i, gradient in enumerate(self.zero.fp32_groups_gradient_flat_partition)}
         if self.config.parallel.offload_optimizer:
-            return [flat.grad for flat in self._flats]
-        return [gradient for group in self.zero.averaged_gradients.values() for gradient in group]
+            return {i: [flat.grad] for i, flat in enumerate(self._flats)}
+        return dict(self.zero.averaged_gradients)
+
+    def bad_gradients(self) -> list[str]:
+        finite = {i: torch.cat([gradient.flatten().isfinite() for gradient in group])
+                  for i, group in self._gradients_by_flat().items()}
+        return [name for name, piece in self.pieces.items()
+                if not finite[piece.flat][piece.offset:piece.offset + piece.numel].all()]
 
     def apply(self, lr: float, clip: float) -> None:
         assert self._norm is not None, "grad_norm() comes before apply()"
@@ -246,6 +256,10 @@ class ZeRO(Strategy):
                 # Every partition has taken the same steps; a rank may have nothing of this parameter.
                 values[f"optim.{name}.step"] = by_flat[self.pieces[name].flat if name in self.pieces else 0]["step"]
         return values
+
+    def replicas(self) -> list[tuple[dist.ProcessGroup | None, dict[str, Tensor]]]:
+        """Below stage 3 every rank has all working copies."""
+        return [(None, {f"model.{name}": p.detach() for name, p in self.parameters.items()})] if self.stage < 3 else []
 
     def _shard_of(self, name: str, flats: list[Tensor]) -> FlatShard:
         piece = self.pieces.get(name)

@@ -135,6 +135,10 @@ class Instruct(FineTune):
         return strategy(batch.tokens.to(device), batch.targets.to(device), dropout=self.dropout(batch, key),
                         **packed).sum()
 
+    def rewound(self, step: int) -> None:
+        if self.world.is_main:
+            drop_rows_after(self._samples_path, step)
+
     def started(self, strategy: Strategy) -> None:
         super().started(strategy)
         console = self.console

@@ -78,8 +78,8 @@ class Pretrain(Task):
 
     def other_data(self, dataset: str, next_sample: int) -> str:
         if dataset == phases_identity(self._phases, self._hashes, next_sample, rule=None):
-            return ("was trained on this mixture by an earlier version, which dealt its windows out in the order of the "
-                    "entries, and cannot go on with the same ones")
+            return ("was trained on this mixture by an earlier version, which dealt its windows out in the order of "
+                    "the entries, and cannot go on with the same ones")
         return super().other_data(dataset, next_sample)
 
     def _resolve_phases(self, trains: list[TokenDataset]) -> list[Phase]:

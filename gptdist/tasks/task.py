@@ -6,7 +6,6 @@ checkpoints' layout or of how the model is spread.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,6 +134,9 @@ class Task:
     def resumed(self, checkpoint: Path) -> None:
         """Called when a run goes on from `checkpoint`, whose tensors are loaded; to read what files() put there."""
 
+    def rewound(self, step: int) -> None:
+        """Called when the run has gone back to `step` because of a later step; to drop what was written since."""
+
     def started(self, strategy: Strategy) -> None:
         """Called once the weights are there, before the first step."""
 
@@ -181,7 +183,7 @@ def check_equal(checkpoint: Path, saved: Config, wanted: Config, name: str, advi
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer, data_name: str) -> None:
     """Raise UserError if the checkpoint's tokenizer is not that of the data."""
-    saved = json.loads(layout.read_file(checkpoint, "tokenizer/tokenizer.json"))["hash"]
+    saved = str(layout.read_table(checkpoint, "tokenizer/tokenizer.json").get("hash"))
     if saved != tokenizer.hash:
         raise UserError(f"{checkpoint} was trained with tokenizer {saved[:12]}, but {data_name} was prepared with "
                         f"{tokenizer.hash[:12]}: prepare the data with --tokenizer {checkpoint / 'tokenizer'}")

@@ -1,0 +1,94 @@
+"""How the processes of a run first meet, and small values that they exchange: JSON, so nothing received is unpickled.
+
+    roll_call   over the launcher's store, before there is a process group: no fault of one rank leaves others waiting
+    exchange    between the ranks of the process group
+"""
+
+import functools
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gptdist.errors import UserError
+
+T = TypeVar("T")
+_CALLS = itertools.count()  # the keys of one call are not those of the next
+READ_S = 10  # how long the rank that may serve the store waits for the others to have read the judgement
+
+
+@functools.cache
+def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
+    """The store whose address the launcher gave to every rank, opened once in a process.
+
+    Under torchrun its agent serves it, else rank 0: torch's listens on every address of the host, and this one, where
+    MASTER_ADDR is a name of this host for itself, on that alone. Raises UserError where the ranks cannot meet there.
+    """
+    address, port, timeout = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), timedelta(seconds=timeout_s)
+    if not address or not port:
+        raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: "
+                        f"start them with torchrun or deepspeed, or set both")
+    try:
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and is_loopback(address):
+            listening = socket.create_server(("127.0.0.1", int(port)))
+            return dist.TCPStore(address, int(port), size, True, timeout, wait_for_workers=False,
+                                 master_listen_fd=listening.detach())
+        return next(dist.rendezvous("env://", timeout=timeout))[0]
+    except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
+        raise UserError(f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+                        f"{' '.join(str(error).split())[:200]}: give the launcher a host and a free port that every "
+                        f"node reaches") from error
+
+
+def is_loopback(address: str) -> bool:
+    return address == "localhost" or address.startswith("127.")
+
+
+def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: int, timeout_s: int) -> T:
+    """What `judge` says, on rank 0, of the facts of all ranks, by rank; a collective call without a process group.
+
+    Facts and judgement are whatever JSON has. Raises UserError if not all ranks come within `timeout_s`.
+    """
+    if size == 1:
+        return judge([facts])
+    attempt, call = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_CALLS)
+    store = dist.PrefixStore(f"gptdist/roll_call/{attempt}.{call}", open_store(rank, size, timeout_s))
+    try:
+        if rank != 0:
+            store.set(str(rank), json.dumps(facts))
+            judgement = json.loads(store.get("judgement"))
+            store.add("readers", 1)
+            return judgement
+        judgement = judge([facts, *(json.loads(store.get(str(other))) for other in range(1, size))])
+        store.set("judgement", json.dumps(judgement))
+        deadline = time.monotonic() + READ_S
+        while store.add("readers", 0) < size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return judgement
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(f"rank {rank} on {socket.gethostname()} waited {timeout_s} s (parallel.timeout_s) at most for "
+                        f"all {size} processes to start: see what the others say ({str(error).splitlines()[0]:.150})"
+                        ) from error
+
+
+def exchange(value: Any) -> list[Any]:
+    """The value of every rank, by rank; a collective call of the default process group, two small all-gathers.
+
+    value: whatever JSON has. Without a process group, this process's alone.
+    """
+    data = json.dumps(value).encode()
+    if not dist.is_initialized():
+        return [json.loads(data)]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    padded = torch.frombuffer(bytearray(data.ljust(max(map(int, sizes)))), dtype=torch.uint8)
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    return [json.loads(bytes(one.numpy())[:int(size)]) for one, size in zip(received, sizes, strict=True)]
