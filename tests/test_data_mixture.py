@@ -221,6 +221,10 @@ def test_a_plain_run_may_turn_into_a_mixture_and_validation_sets_have_names(prep
 def test_data_that_does_not_go_together_is_named(prepared, tmp_path):
     with pytest.raises(UserError, match=r"other was prepared with tokenizer \w+, .*one with"):
         train(prepared, tmp_path / "a", mixture(prepared, ("one", 1), ("other", 1)))
+    with pytest.raises(UserError, match=r"data\.mixture=.*nowhere does not exist: expected a directory"):
+        train(prepared, tmp_path / "a", mixture(prepared, ("one", 1), ("nowhere", 1)))
+    with pytest.raises(UserError, match=r"data\.validation=nowhere does not exist: expected a directory"):
+        train(prepared, tmp_path / "a", mixture(prepared, ("one", 1)), "--data.validation=[{name: x, path: nowhere}]")
     with write_dataset(prepared / "tiny" / "train", tokenizer_hash=TokenDataset.open(
             prepared / "one" / "train").meta.tokenizer_hash, vocab_size=257, eot=256) as writer:
         writer.add(np.array([1, 256]))
