@@ -255,6 +255,16 @@ def test_bad_lines_of_other_kinds(kind, line, message, tmp_path):
         read_task(str(tmp_path / "set.jsonl"), kind, skip_bad=True)
 
 
+def test_a_line_of_another_encoding_is_named_or_counted(tmp_path):
+    path = tmp_path / "set.jsonl"
+    good = json.dumps(LINES["choice"][0]).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n" + good.replace(b"man", "m\xe4n".encode("latin-1")) + b"\n")
+    with pytest.raises(UserError, match=r"set\.jsonl line 2 is not UTF-8 text \(its byte 12\); mend the line"):
+        read_task(str(path))
+    task = read_task(str(path), skip_bad=True)
+    assert (len(task.items), task.skipped) == (1, 1)
+
+
 def test_bad_names(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "empty.jsonl").write_text("\n")
