@@ -492,6 +492,9 @@ def run_prepare(args: argparse.Namespace) -> int:
               f"{counts['characters_in']:,} -> {counts['characters_out']:,} characters")
     if bad := report["bad"]["count"]:
         print(f"bad: {bad:,} records left out, the first: {report['bad']['examples'][0]}")
+    for source in report["sources"]:
+        if source["documents"] == 0:
+            print(f"{source['name']}: nothing is left of it")
     for split in ("train", "val"):
         if counts := report["split"].get(split):
             print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")

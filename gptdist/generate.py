@@ -89,6 +89,15 @@ class PagedCache:
         """Count the (B,) tokens of each row that the last forward wrote and that are not padding."""
         self.lengths = self.lengths + counts
 
+    def fork(self, rows: list[int]) -> None:
+        """New rows in place of the old ones, all of which occur in `rows`: each goes on from that one, and those that
+        go on from the same one share its pages, which its tokens have to fill. No `keep` after that.
+        """
+        full = [length // PAGE for length in self.lengths.tolist()]
+        self._free.extend(page for pages, n in zip(self._pages, full, strict=True) for page in pages[n:])
+        self._pages = [self._pages[row][:full[row]] for row in rows]
+        self.block_table, self.lengths = self.block_table[rows], self.lengths[rows]
+
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows; their pages are free again."""
         kept = set(rows)

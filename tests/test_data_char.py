@@ -1,6 +1,7 @@
 """Characters as tokens, and a text whose end is held out: `--tokenizer char`, `--split tail`, data.input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -201,8 +202,10 @@ def test_another_dataset_in_the_way_is_named(text, dataset, tmp_path):
     config = DataConfig(input=str(text), path=str(tmp_path / "data"))
     prepare_input(config)
     prepare_input(config)
-    with pytest.raises(UserError, match=r"was prepared with inputs=.*text\.txt.*, data\.input asks for .*other\.txt"):
-        prepare_input(DataConfig(input="other.txt", path=config.path))
+    (tmp_path / "other.txt").write_text("another text")
+    for name in (tmp_path / "other.txt", "nowhere.txt"):
+        with pytest.raises(UserError, match=rf"was prepared from .*text\.txt, whose text is not that of .*{name}"):
+            prepare_input(DataConfig(input=str(name), path=config.path))
     with pytest.raises(UserError, match=r"was prepared with tokenizer=char, data\.input asks for bytes"):
         prepare_input(DataConfig(input=str(text), path=config.path, tokenizer="bytes"))
     with pytest.raises(UserError, match="was prepared with split=documents"):
@@ -210,6 +213,24 @@ def test_another_dataset_in_the_way_is_named(text, dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no dataset of `gptdist prepare`"):
         prepare_input(DataConfig(input=str(text), path=str(tmp_path / "empty")))
+
+
+def test_the_same_text_may_lie_elsewhere_or_be_gone(text, tmp_path, monkeypatch):
+    moved = tmp_path / "folder" / "moved.txt"
+    moved.parent.mkdir()
+    shutil.copy(text, moved)
+    data = str(tmp_path / "data")
+    prepare_input(DataConfig(input=str(moved), path=data))
+    prepare_input(DataConfig(input=str(text), path=data))
+    monkeypatch.chdir(moved.parent)
+    prepare_input(DataConfig(input="./moved.txt", path=data))
+    moved.write_text(moved.read_text() + "more")
+    with pytest.raises(UserError, match="whose text is not that of"):
+        prepare_input(DataConfig(input=str(moved), path=data))
+    moved.unlink()
+    monkeypatch.delenv("GPTDIST_DATA", raising=False)
+    for name in (str(moved), "$GPTDIST_DATA/moved.txt"):
+        prepare_input(DataConfig(input=name, path=data))
 
 
 def test_the_text_may_be_named_by_the_environment(text, tmp_path, monkeypatch):

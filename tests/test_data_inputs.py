@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptdist.cli import main
 from gptdist.data import read
 from gptdist.data.prepare import PrepareConfig, prepare
 from gptdist.data.read import DocumentReader, ReadSettings, find_files
@@ -154,6 +155,14 @@ def test_skip_bad_counts_rows_and_names_the_first(tmp_path):
     assert report["bad"]["count"] == 5
     assert "a.jsonl:2: no field 'text'" in report["bad"]["examples"][0]
     assert "b.txt: invalid UTF-8 at byte 8" in report["bad"]["examples"][4]
+
+
+def test_a_source_of_which_nothing_is_left_is_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "blank.txt").write_text("  \n\n ")
+    assert main(["prepare", "--input", str(tmp_path / "a.txt"), str(tmp_path / "blank.txt"), "--output",
+                 str(tmp_path / "out"), "--tokenizer", "bytes", "--val-fraction", "0"]) == 0
+    assert f"{tmp_path / 'blank.txt'}: nothing is left of it\n" in capsys.readouterr().out
 
 
 def test_only_bad_input_is_an_error(tmp_path):

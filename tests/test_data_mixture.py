@@ -1,5 +1,7 @@
 """Mixtures: shares, epochs, the same samples at every world size and after every restart; a change of mixture."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from gptdist.data.prepare import PrepareConfig, prepare
 from gptdist.data.writer import write_dataset
 from gptdist.errors import UserError
 from gptdist.metrics import read_rows
+from gptdist.tasks import pretrain
 from tests.test_data_loader import META, T, real_rows
 from tests.test_data_prepare import sentences, write_jsonl
 from tests.training import TINY, run_tiny
@@ -196,6 +199,16 @@ def test_the_order_of_the_entries_changes_nothing(prepared, tmp_path):
         train(prepared, tmp_path / "c", mixture(prepared, ("one", 1), (tmp_path / "same", 1)))
 
 
+def test_a_mixture_of_an_earlier_version_is_refused(prepared, tmp_path, monkeypatch):
+    """It was dealt out in the order of the entries, which nothing in a checkpoint of that time tells."""
+    entries = mixture(prepared, ("one", 0.7), ("two", 0.3))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(pretrain, "phases_identity", functools.partial(phases_identity, rule=None))
+        train(prepared, tmp_path / "run", entries, "--train.stop_at=1")
+    with pytest.raises(UserError, match=r"was trained on this mixture by an earlier version, .*checkpoint\.init_from"):
+        train(prepared, tmp_path / "run", entries)
+
+
 def test_a_plain_run_may_turn_into_a_mixture_and_validation_sets_have_names(prepared, tmp_path):
     run_tiny(prepared / "one", tmp_path / "run", "--schedule.warmup_steps=0", "--train.steps=4", "--train.stop_at=2")
     rows = train(prepared, tmp_path / "run", mixture(prepared, ("one", 1), ("two", 1, 3)), "--data.validation="
@@ -208,6 +221,10 @@ def test_a_plain_run_may_turn_into_a_mixture_and_validation_sets_have_names(prep
 def test_data_that_does_not_go_together_is_named(prepared, tmp_path):
     with pytest.raises(UserError, match=r"other was prepared with tokenizer \w+, .*one with"):
         train(prepared, tmp_path / "a", mixture(prepared, ("one", 1), ("other", 1)))
+    with pytest.raises(UserError, match=r"data\.mixture=.*nowhere does not exist: expected a directory"):
+        train(prepared, tmp_path / "a", mixture(prepared, ("one", 1), ("nowhere", 1)))
+    with pytest.raises(UserError, match=r"data\.validation=nowhere does not exist: expected a directory"):
+        train(prepared, tmp_path / "a", mixture(prepared, ("one", 1)), "--data.validation=[{name: x, path: nowhere}]")
     with write_dataset(prepared / "tiny" / "train", tokenizer_hash=TokenDataset.open(
             prepared / "one" / "train").meta.tokenizer_hash, vocab_size=257, eot=256) as writer:
         writer.add(np.array([1, 256]))

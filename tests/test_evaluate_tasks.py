@@ -19,7 +19,7 @@ from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
 from gptdist.evaluate.scorer import Request, Score, evaluation_config, open_scorer
 from gptdist.evaluate.suite import Options, open_tasks, rolling, run_task
 from gptdist.evaluate.text_metrics import bleu, token_f1
-from gptdist.generate import Generator
+from gptdist.generate import PAGE, Generator
 from gptdist.metrics import read_rows
 from gptdist.tasks.pretrain import SAMPLING
 from tests.evaluate_worker import STRATEGIES, run_all
@@ -65,7 +65,8 @@ def tasks(tmp_path_factory):
 
 def requests(scorer, count=23):
     text = scorer.tokenizer.encode("Return a list of the lines of the file, each with its number before it.")
-    return [Request(text[i % 5:i % 5 + 3 * (i % 4)], text[20 + i % 3:21 + i % 3 + i % 7]) for i in range(count)]
+    return [Request(text[i % 5:i % 5 + 3 * (i % 4)], text[20 + i % 3:21 + i % 3 + i % 7]) for i in range(count)] + [
+        Request(text[:19 + i % 2], text[30 + i:32 + 2 * i]) for i in range(6)]  # two contexts that three have
 
 
 def test_scores_are_the_models_log_likelihoods(checkpoint, scorer):
@@ -89,11 +90,37 @@ def test_scores_do_not_depend_on_the_batch(checkpoint, scorer):
 
 
 def test_batches_hold_rows_of_like_length(scorer):
-    rows = [scorer._row(request) for request in requests(scorer, 200)]
-    batches = list(scorer._batches(rows, greedy=False))
+    rows = [scorer._row(request) for request in requests(scorer, 200)[:200]]
+    batches = list(scorer._batches(rows, shared=False, greedy=False))
     assert sorted(i for batch in batches for i in batch) == list(range(200))
-    longest = [len(rows[batch[0]][0]) for batch in batches]
+    longest = [rows[batch[0]].positions for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+def test_a_context_that_requests_have_in_common_is_computed_once(scorer, monkeypatch):
+    computed, call = [], type(scorer.strategy).__call__
+    monkeypatch.setattr(type(scorer.strategy), "__call__", lambda self, tokens, *args, **more: (
+        computed.append(tuple(tokens.shape)), call(self, tokens, *args, **more))[1])
+    context = list(range(20))
+    together = [Request(context, [1, 2, i]) for i in range(4)]
+    shared = scorer.score(together)
+    assert computed == [(1, PAGE), (4, 8)]  # four of its tokens, and two that continue it, in each row: 6, padded
+    alone = [scorer.score([request])[0].logprob for request in together]
+    assert computed[2:] == [(1, 24)] * 4
+    assert [score.logprob for score in shared] == pytest.approx(alone, abs=TOLERANCE)
+    computed.clear()
+    scorer.score([Request(context[:PAGE], [1, 2]), Request(context[:PAGE], [1, 3])])
+    assert computed == [(2, 20)]  # not a whole page before the last token
+
+
+def test_contexts_that_differ_in_length_share_what_they_can_in_one_batch(checkpoint, scorer):
+    contexts = [list(range(17)), list(range(50, 68)), list(range(5, 24))]
+    mixed = [Request(context, [i] * (1 + i)) for context in contexts for i in range(3)]
+    for batch_tokens in (20, 8192):
+        found = open_scorer(checkpoint, batch_tokens=batch_tokens).score(mixed, greedy=True)
+        alone = [scorer.score([request], greedy=True)[0] for request in mixed]
+        assert [s.logprob for s in found] == pytest.approx([s.logprob for s in alone], abs=TOLERANCE)
+        assert [s.greedy for s in found] == [s.greedy for s in alone]
 
 
 def test_every_strategy_gives_the_scores_of_one_process(two_processes, checkpoint, tasks, tmp_path):
@@ -226,6 +253,16 @@ def test_bad_lines_of_other_kinds(kind, line, message, tmp_path):
         read_task(str(tmp_path / "set.jsonl"), kind)
     with pytest.raises(UserError, match="holds nothing to evaluate on: none of its 1 lines"):
         read_task(str(tmp_path / "set.jsonl"), kind, skip_bad=True)
+
+
+def test_a_line_of_another_encoding_is_named_or_counted(tmp_path):
+    path = tmp_path / "set.jsonl"
+    good = json.dumps(LINES["choice"][0]).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n" + good.replace(b"man", "m\xe4n".encode("latin-1")) + b"\n")
+    with pytest.raises(UserError, match=r"set\.jsonl line 2 is not UTF-8 text \(its byte 12\); mend the line"):
+        read_task(str(path))
+    task = read_task(str(path), skip_bad=True)
+    assert (len(task.items), task.skipped) == (1, 1)
 
 
 def test_bad_names(tmp_path):

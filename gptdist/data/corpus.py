@@ -32,18 +32,27 @@ def embedded_documents() -> Iterator[str]:
     yield from _all_documents()
 
 
-@functools.cache  # parsing takes seconds, and most tasks read them twice
+@functools.cache
 def embedded_docstrings() -> tuple[tuple[str, str], ...]:
     """(qualified name, docstring) of every module, class and function of the standard library that has one."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return tuple(found for path in sorted(_source_files(root)) for found in _module_docstrings(path, root))
+    return tuple(found for module in _modules() for found in module)
 
 
 @functools.cache  # training a tokenizer on the corpus reads it twice
 def _all_documents() -> tuple[str, ...]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    modules = (_module_document(path, root) for path in sorted(_source_files(root)))
-    return *_topic_documents(root / "pydoc_data" / "topics.py"), *filter(None, modules)
+    """The topics; and of each module that has any all docstrings in source order, each under its qualified name."""
+    modules = ("\n\n".join(f"{name}\n\n{docstring}" for name, docstring in module) for module in _modules() if module)
+    return *_topic_documents(_root() / "pydoc_data" / "topics.py"), *modules
+
+
+@functools.cache  # parsing takes seconds
+def _modules() -> tuple[tuple[tuple[str, str], ...], ...]:
+    """(qualified name, docstring) of all that has one, by module, by path."""
+    return tuple(tuple(_module_docstrings(path, _root())) for path in sorted(_source_files(_root())))
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -60,11 +69,6 @@ def _topic_documents(path: Path) -> Iterator[str]:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             topics = ast.literal_eval(statement.value)
             yield from (inspect.cleandoc(topics[name]) for name in sorted(topics))
-
-
-def _module_document(path: Path, root: Path) -> str:
-    """Return all docstrings of one module in source order, each under its qualified name; '' if it has none."""
-    return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _module_docstrings(path, root))
 
 
 def _module_docstrings(path: Path, root: Path) -> Iterator[tuple[str, str]]:

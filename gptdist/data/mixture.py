@@ -23,6 +23,7 @@ from gptdist.errors import UserError
 _BLOCKS = (100, 1000, 10_000, 60_000)  # the first whose composition is that of the weights within _ROUNDING
 _ROUNDING = 1e-5
 _LONGEST_BLOCK = 1 << 20  # of a mixture by epochs: its tables take 16 bytes a sample
+DEALT = "by hash"  # the order of the sources in a block: part of what identifies the samples
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,15 @@ class MixtureSource(WindowSource):
             yield self.datasets[source], int(self._orders[source].index(np.array([own]))[0])
 
 
-def phases_identity(phases: Sequence[Phase], names: Sequence[str], before: int) -> str:
+def phases_identity(phases: Sequence[Phase], names: Sequence[str], before: int, *, rule: str | None = DEALT) -> str:
     """sha256 of what decides the first `before` samples. names: the hash of each source.
 
-    A single source alone has its own hash: its order is that of training on it without a mixture.
+    A single source alone has its own hash: its order is that of training on it without a mixture. rule: None: as it was
+    before there was a rule, and the sources came in the order of the configuration.
     """
     begun = [phase for phase in phases if phase.start < max(before, 1)]
     used = [{name: count for name, count in zip(names, phase.counts, strict=True) if count} for phase in begun]
     if len(begun) == 1 and len(used[0]) == 1:
         return next(iter(used[0]))
     parts = [[phase.start, sorted(counts.items())] for phase, counts in zip(begun, used, strict=True)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rule, parts] if rule else parts).encode()).hexdigest()

@@ -41,7 +41,7 @@ from gptdist.data.quality import QualityRules, parse_rules
 from gptdist.data.report_page import report_page
 from gptdist.data.row_log import RowLog
 from gptdist.data.scrub import Scrub
-from gptdist.data.source import BadRecords, Position, Source, SourceReader, files_digest, find_sources
+from gptdist.data.source import BadRecords, Position, Source, SourceReader, files_digest, find_sources, text_sha256
 from gptdist.data.source_stats import COMPARED_BYTES, SourceStats, TokenizerUse
 from gptdist.data.split import Splitter
 from gptdist.data.tokenizer import Tokenizer, add_tokens, build_tokenizer
@@ -118,25 +118,45 @@ def _check_unfinished(directory: Path, identity: dict[str, Any], overwrite: bool
 
 
 def prepare_input(config: DataConfig) -> None:
-    """Make data.path of the text data.input, where it is not there. Raises UserError where it is, of something else."""
+    """Make data.path of the text data.input, where it is not there.
+
+    What is there has to be of that text, wherever the text lies now; where it lies nowhere its name is compared. Raises
+    UserError for what is of another text or of other settings, and for a text that is needed and not there.
+    """
     path, text = Path(config.path), expand_variables(config.input)
-    if "$" in text and not Path(text).exists():
-        raise UserError(f"data.input={config.input}: the environment lacks that variable; set it, or give "
-                        f"--data.input=FILE")
     wanted = PrepareConfig(inputs=[text], output=config.path, tokenizer=config.tokenizer, split="tail",
                            val_fraction=config.val_fraction)
     if not path.exists():
+        if "$" in text and not Path(text).exists():
+            raise UserError(f"data.input={config.input}: the environment lacks that variable; set it, or give "
+                            f"--data.input=FILE")
         prepare(wanted)
         return
     try:
-        settings = json.loads((path / "report.json").read_text(encoding="utf-8"))["settings"]
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        settings = report["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data.path={path} is there, but no dataset of `gptdist prepare` ({error}): choose another "
                         f"path for what data.input={text} becomes") from error
-    for name in ("inputs", "tokenizer", "split", "val_fraction"):
+    for name in ("tokenizer", "split", "val_fraction"):
         if settings.get(name) != getattr(wanted, name):
             raise UserError(f"data.path={path} was prepared with {name}={settings.get(name)}, data.input asks for "
                             f"{getattr(wanted, name)}: remove it, or choose another data.path")
+    if not _is_made_of(report, text):
+        raise UserError(f"data.path={path} was prepared from {' '.join(settings['inputs'])}, whose text is not that of "
+                        f"data.input={text}: remove it, or choose another data.path")
+
+
+def _is_made_of(report: dict[str, Any], text: str) -> bool:
+    """Whether a dataset of one text is of this file; of one that is not there, by its name alone."""
+    inputs = report["settings"]["inputs"]
+    try:
+        sources = find_sources([text])
+    except UserError:
+        return [Path(name).name for name in inputs] == [Path(text).name]
+    if "text_sha256" not in report:  # as earlier versions left it
+        return [os.path.realpath(name) for name in inputs] == [os.path.realpath(text)]
+    return report["text_sha256"] == text_sha256(sources)
 
 
 class _Run:
@@ -396,6 +416,7 @@ class _Run:
         return {
             "format": 1,
             "settings": asdict(self._config),
+            **({"text_sha256": text_sha256(self._sources)} if self._config.split == "tail" else {}),
             "tokenizer": {
                 "name": self._tokenizer.name,
                 "vocab_size": self._tokenizer.vocab_size,

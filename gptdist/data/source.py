@@ -70,6 +70,15 @@ def files_digest(sources: list[Source]) -> str:
     return digest.hexdigest()
 
 
+def text_sha256(sources: list[Source]) -> str:
+    """sha256 (hex) of what is in all files, one after another: whether a dataset of one text was made from them."""
+    digest = hashlib.sha256()
+    for source in sources:
+        for path in source.files:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class SourceReader:
     """Iterates over the documents of one source, from a position on, which it keeps up to date."""
 

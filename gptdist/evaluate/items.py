@@ -12,6 +12,7 @@ A kind says which keys a JSON object (a line of a .jsonl file) has; of names in 
     summarize  (document, article, text), (summary, highlights)
 """
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def read_task(path: str, kind: str | None = None, *, skip_bad: bool = False) -> 
         raise UserError(f"{kind!r} is no kind of task, expected KIND=FILE with one of {', '.join(KINDS)}")
     name, file = Path(path).stem, Path(path)
     if file.suffix == ".txt" and kind in (None, "text"):
-        if not (text := _text(file)).strip():
+        if not (text := _decoded(_bytes(file), path)).strip():
             raise UserError(f"{path} is empty, expected a text")
         return TaskSet(name, "text", [Item(path, text)])
     if file.suffix in (".csv", ".tsv", ".txt") and kind in (None, "classify"):
@@ -67,12 +68,12 @@ def read_task(path: str, kind: str | None = None, *, skip_bad: bool = False) -> 
         return TaskSet(name, "classify",
                        [Item(f"{path} row {i}", row.text, (row.label,)) for i, row in enumerate(rows, 1)])
     items, faults = [], []
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(_bytes(file).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
-            record = _record(line, where)
+            record = _record(_decoded(line, where), where)
             kind = kind or _kind_of(record, where)
             items.append(KINDS[kind](record, where))
         except UserError as error:
@@ -86,14 +87,20 @@ def read_task(path: str, kind: str | None = None, *, skip_bad: bool = False) -> 
     return TaskSet(name, kind, items, len(faults), faults[0] if faults else "")
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
+    """A file without a byte order mark."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected the name of an embedded set, or a file of "
                         f"questions") from error
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert the file") from error
+        raise UserError(f"{where} is not UTF-8 text (its byte {error.start})") from error
 
 
 def _record(line: str, where: str) -> Mapping[str, Any]:

@@ -107,6 +107,7 @@ class Asked:
         if len(task.items) <= shots:
             raise UserError(f"{task.name} has {len(task.items)} items, expected more than the {shots} of --shots")
         self.scorer, self.options, self.kind = scorer, options, task.kind
+        self._encoded: dict[str, list[int]] = {}
         self.examples = [{"input": item.query, "output": item.answer} for item in task.items[:shots]]
         self.template = None if task.kind in UNPROMPTED else options.template or TEMPLATES[task.kind]
         self.skipped, self.first_skipped, self.truncated = task.skipped, task.first_skipped, 0
@@ -148,7 +149,9 @@ class Asked:
         return choice if self.prompt(item)[-1:].isspace() else f" {choice}"
 
     def encode(self, text: str) -> list[int]:
-        return self.scorer.tokenizer.encode(text)
+        if text not in self._encoded:
+            self._encoded[text] = self.scorer.tokenizer.encode(text)
+        return self._encoded[text]
 
     def prompt(self, item: Item) -> str:
         """Examples and the question, up to where the answer begins."""

@@ -37,7 +37,7 @@ class Pretrain(Task):
         super().__init__(config, world)
         data = config.data
         self._paths = list(dict.fromkeys(entry["path"] for entry in data.mixture)) or [data.path]
-        opened = {path: open_data(path) for path in self._paths}
+        opened = {path: open_data(path, "data.mixture" if data.mixture else "data.path") for path in self._paths}
         self.tokenizer = opened[self._paths[0]][2]
         self._check_tokenizers({path: tokenizer for path, (_, _, tokenizer) in opened.items()})
         self._sort_paths()
@@ -76,6 +76,12 @@ class Pretrain(Task):
     def dataset_at(self, next_sample: int) -> str:
         return phases_identity(self._phases, self._hashes, next_sample)
 
+    def other_data(self, dataset: str, next_sample: int) -> str:
+        if dataset == phases_identity(self._phases, self._hashes, next_sample, rule=None):
+            return ("was trained on this mixture by an earlier version, which dealt its windows out in the order of "
+                    "the entries, and cannot go on with the same ones")
+        return super().other_data(dataset, next_sample)
+
     def _resolve_phases(self, trains: list[TokenDataset]) -> list[Phase]:
         """The mixtures in samples; train.steps is set where epochs are given."""
         config, phases = self.config, []
@@ -99,7 +105,8 @@ class Pretrain(Task):
         if self.config.data.validation:
             sets, tokenizers = {}, {}
             for entry in self.config.data.validation:
-                _, sets[entry["name"]], tokenizers[entry["path"]] = open_data(entry["path"])
+                path = entry["path"]
+                _, sets[entry["name"]], tokenizers[path] = open_data(path, "data.validation")
                 if sets[entry["name"]] is None:
                     raise UserError(f"data.validation: {entry['path']} has no val/: prepare it with --val-fraction")
             self._check_tokenizers({self._paths[0]: self.tokenizer} | tokenizers)
@@ -205,14 +212,14 @@ def validation_batches(val: TokenDataset, config: Config, tokenizer: Tokenizer, 
                         max_tokens=max_tokens, document_mask=config.data.document_mask, eot=tokenizer.eot)
 
 
-def open_data(path: str) -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
-    """(train, val or None, tokenizer) of a directory that `gptdist prepare` wrote."""
+def open_data(path: str, setting: str = "data.path") -> tuple[TokenDataset, TokenDataset | None, Tokenizer]:
+    """(train, val or None, tokenizer) of a directory that `gptdist prepare` wrote. setting: what names it."""
     root = Path(path)
     if not path:
         raise UserError("data.path is empty: set it to a directory written by `gptdist prepare`")
     if not (root / "train").is_dir():
         what = "does not exist" if not root.exists() else "has no train/ inside"
-        raise UserError(f"data.path={path} {what}: expected a directory written by `gptdist prepare --output {path}`")
+        raise UserError(f"{setting}={path} {what}: expected a directory written by `gptdist prepare --output {path}`")
     val = TokenDataset.open(root / "val") if (root / "val").is_dir() else None
     return TokenDataset.open(root / "train"), val, Tokenizer.load(root / "tokenizer")
 

@@ -68,6 +68,10 @@ class Task:
         """`dataset_id` of the samples before this number, for data that may change from some step on."""
         return self.dataset_id
 
+    def other_data(self, dataset: str, next_sample: int) -> str:
+        """What a checkpoint that was trained on `dataset` up to this sample did, for a message that refuses it."""
+        return f"was trained on other data than {self.data_name}"
+
     # Model
 
     def build(self) -> GPT:
@@ -163,9 +167,10 @@ def check_resumed(task: Task, checkpoint: Path, dataset: str | None, next_sample
             check_equal(checkpoint, saved, config, f"model.{field.name}", SAME_MODEL)
     for name in task.fixed[1:]:
         check_equal(checkpoint, saved, config, name, advice)
+    if not dataset:
+        raise UserError(f"{checkpoint} was imported, not trained here: use checkpoint.init_from")
     if dataset != task.dataset_at(next_sample):
-        raise UserError(f"{checkpoint} was trained on other data than {task.data_name}: {advice}"
-                        if dataset else f"{checkpoint} was imported, not trained here: use checkpoint.init_from")
+        raise UserError(f"{checkpoint} {task.other_data(dataset, next_sample)}: {advice}")
 
 
 def check_equal(checkpoint: Path, saved: Config, wanted: Config, name: str, advice: str) -> None:
