@@ -122,21 +122,13 @@ class Scorer:
         room = self.room(max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generator = Generator(self.strategy.model, self.tokenizer, call=self.strategy, device=self.world.device,
-                              dtype=self.dtype, agree=self._agree)
+                              dtype=self.dtype, agree=self.world.agree)
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0, stop=tuple(stop))
         with self.strategy.evaluating():
             done = generator.generate([list(prompts[i])[-room:] for i in order], sampling,
                                       batch_size=max(1, self.batch_tokens // self.model.context))
         texts = {i: completion.text for i, completion in zip(order, done, strict=True)}
         return [texts[i] for i in range(len(prompts))]
-
-    def _agree(self, chosen: list[int]) -> list[int]:
-        """Rank 0's tokens: a rank that rounds otherwise could end a row earlier, and leave the others waiting."""
-        if self.world.mesh is None:
-            return chosen
-        tokens = torch.tensor(chosen, device=self.world.device)
-        dist.broadcast(tokens, 0)
-        return tokens.tolist()
 
     def _row(self, request: Request) -> Row:
         context, n = list(request.context) or [self.tokenizer.eot], len(request.continuation)

@@ -70,6 +70,14 @@ class World:
             return (values / self.tensor).cpu()
         return -(-values // self.tensor).cpu()
 
+    def agree(self, tokens: list[int]) -> list[int]:
+        """Rank 0's: with tokens of its own, one that rounds otherwise could end a text earlier than the others."""
+        if self.mesh is None:
+            return tokens
+        shared = torch.tensor(tokens, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.tolist()
+
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()

@@ -115,15 +115,7 @@ class Task:
         as the weights may be spread over all ranks; not under tensor parallelism, which divides a sequence."""
         bf16 = strategy.config.train.precision == "bf16"
         return Generator(strategy.model, self.tokenizer, call=strategy, device=self.world.device,
-                         dtype=torch.bfloat16 if bf16 else torch.float32, agree=self._agree)
-
-    def _agree(self, chosen: list[int]) -> list[int]:
-        """Rank 0's tokens: a rank that rounds otherwise could end a row earlier, and leave the others waiting."""
-        if self.world.mesh is None:
-            return chosen
-        tokens = torch.tensor(chosen, device=self.world.device)
-        dist.broadcast(tokens, 0)
-        return tokens.tolist()
+                         dtype=torch.bfloat16 if bf16 else torch.float32, agree=self.world.agree)
 
     # Beside the steps
 
