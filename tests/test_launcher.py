@@ -206,6 +206,22 @@ def test_bad_input_that_workers_find_ends_the_job_with_its_code(dataset, tmp_pat
     assert "starting again" not in done.stderr
 
 
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (("--max-restarts", "1"), EXIT_BUG, "gave up after 1 restarts without a new checkpoint: a worker was killed by"),
+    pytest.param(("--max-restarts", "0", "--retry-code", "138"), 138, "a worker was killed by SIGK",
+                 marks=pytest.mark.long),
+])
+def test_a_worker_that_dies_every_time(dataset, tmp_path, options, code, message):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif sys.orig_argv[1:5] == ['-u', '-m', 'gptdist', 'train']: os.kill(os.getpid(), 9)\n")
+    config = write_config(tmp_path / "run.yaml", dataset, tmp_path / "run")
+    done = multinode(*options, "--processes-per-node", "1", config, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert exit_record(tmp_path / "run").get("code", EXIT_REQUEUE) == (code if code == EXIT_BUG else EXIT_REQUEUE)
+
+
 @pytest.mark.long
 def test_a_killed_worker_starts_again(dataset, tmp_path, fake_ssh):
     """Over `--hosts`: the run goes on from its checkpoint and ends like one that was left alone."""
