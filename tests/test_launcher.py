@@ -120,7 +120,7 @@ def listener(answer=b""):
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch):
-    monkeypatch.setattr(launcher, "HANDSHAKE_S", 1)
+    monkeypatch.setattr(launcher, "HANDSHAKE_S", 0.2)
     with listener() as port:
         for rank in (0, None, 1):  # the first node, one that asks if it is it, and another
             with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 is taken by another program: give all"):
