@@ -253,7 +253,7 @@ def is_rendezvous(host: str, port: int) -> bool:
     client = threading.Thread(target=greet, daemon=True)
     with quiet():  # the client prints C++ frames for every try
         client.start()
-        client.join(HANDSHAKE_S + 1)
+        client.join(HANDSHAKE_S + 0.5)
     return bool(found)
 
 

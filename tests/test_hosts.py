@@ -150,7 +150,8 @@ def test_a_host_loses_power_and_comes_back(dataset, tmp_path, network):
 
 @pytest.mark.long
 def test_a_launcher_is_killed_and_started_again(dataset, tmp_path):
-    """Two launchers on one host, from 2 processes to 1 and back to 2; without the first one the other gives up."""
+    """Two launchers on one host, from 2 processes to 1 and back to 2; without the first one the other gives up. Told to
+    stop, one leaves the run to the other."""
     job = Job(dataset, tmp_path, [[], []], "127.0.0.1:29471", "1:2")
     try:
         job.wait_for_world(2)
@@ -164,6 +165,9 @@ def test_a_launcher_is_killed_and_started_again(dataset, tmp_path):
         for i in range(2):
             job.start(i)
         job.wait_for_world(2)
+        job.launchers[1].send_signal(signal.SIGTERM)
+        job.wait_for_world(1)
+        assert "another node was stopped; starting again" in job.logs[0].read_text()
         assert job.stop() == [EXIT_REQUEUE] * 2, tails(job.logs)
     finally:
         job.end()

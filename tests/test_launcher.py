@@ -120,7 +120,7 @@ def listener(answer=b""):
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch):
-    monkeypatch.setattr(launcher, "HANDSHAKE_S", 1)
+    monkeypatch.setattr(launcher, "HANDSHAKE_S", 0.2)
     with listener() as port:
         for rank in (0, None, 1):  # the first node, one that asks if it is it, and another
             with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 is taken by another program: give all"):
@@ -204,6 +204,22 @@ def test_bad_input_that_workers_find_ends_the_job_with_its_code(dataset, tmp_pat
     assert done.returncode == EXIT_USER, done.stderr
     assert "data.path=nowhere does not exist" in done.stderr
     assert "starting again" not in done.stderr
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (("--max-restarts", "1"), EXIT_BUG, "gave up after 1 restarts without a new checkpoint: a worker was killed by"),
+    pytest.param(("--max-restarts", "0", "--retry-code", "138"), 138, "a worker was killed by SIGK",
+                 marks=pytest.mark.long),
+])
+def test_a_worker_that_dies_every_time(dataset, tmp_path, options, code, message):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif sys.orig_argv[1:5] == ['-u', '-m', 'gptdist', 'train']: os.kill(os.getpid(), 9)\n")
+    config = write_config(tmp_path / "run.yaml", dataset, tmp_path / "run")
+    done = multinode(*options, "--processes-per-node", "1", config, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert exit_record(tmp_path / "run").get("code", EXIT_REQUEUE) == (code if code == EXIT_BUG else EXIT_REQUEUE)
 
 
 @pytest.mark.long
