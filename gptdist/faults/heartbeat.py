@@ -84,6 +84,9 @@ class Heartbeat:
 
     def save_phase(self, phase: str) -> None:
         """A save, perhaps on another thread, begins a phase or goes on in it; "": it is over."""
+        if phase == self.saving:
+            self.tick()
+            return
         self.saving = phase
         self._beat()
 
