@@ -80,7 +80,7 @@ def test_aliases_that_stand_for_too_much(tmp_path):
     assert parse_yaml("a: &a [1]\nb: *a", "x") == {"a": [1], "b": [1]}
 
 
-@pytest.mark.parametrize("text", ["a: 2026-13-45", "[" * 5_000, "a: [", "!!python/object/apply:os.system ['x']"])
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "[" * 1_500, "a: [", "!!python/object/apply:os.system ['x']"])
 def test_what_is_no_yaml(text):
     with pytest.raises(UserError, match="x is not valid YAML"):
         parse_yaml(text, "x")
