@@ -29,6 +29,16 @@ def test_noise_moves_the_curve_little():
     assert fit_curve(flops, 2 + (flops / 1e12) ** -0.2 + noise).loss(4e15) == pytest.approx(2 + 4e3 ** -0.2, abs=0.05)
 
 
+def test_the_range_of_a_prediction_is_what_the_curves_without_one_point_say():
+    flops = [1e12, 4e12, 2e13, 9e13]
+    losses = [1.7 + 2.5 * (c / 1e12) ** -0.31 for c in flops]
+    assert sweep.prediction_range(flops, losses, 1e15) == pytest.approx([1.7 + 2.5 * 1e3 ** -0.31] * 2, abs=1e-3)
+    losses[2] += 0.05
+    least, most = sweep.prediction_range(flops, losses, 1e15)
+    assert least < fit_curve(flops, losses).loss(1e15) < most
+    assert sweep.prediction_range(flops[:3], losses[:3], 1e15) is None
+
+
 def test_losses_that_are_no_power_law_are_said_to_be_none():
     assert fit_curve([1e12, 1e13, 1e14], [2.0, 2.5, 3.0]).at_border  # rises
     ever_faster = fit_curve([1e12, 1e13, 1e14], [3.0, 2.9, 2.0])
