@@ -12,6 +12,7 @@ large language models" (2022).
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -277,6 +278,10 @@ def print_sweep(console: Console, record: dict[str, Any]) -> None:
     console.print(table)
     if not curve["is_power_law"]:
         console.print("the losses do not fall as a power of the compute: take more sizes, or a larger budget")
+    for less, more in itertools.pairwise(curve["sizes"]):
+        if record["runs"][more]["loss"] >= record["runs"][less]["loss"]:
+            console.print(f"{more} has no lower loss than {less}, which took less compute: a curve through both "
+                          f"predicts little. Give more tokens, try another optim.lr, or take sizes of one shape")
     if following:
         ahead = record["next"]
         if ahead["range"]:

@@ -1,10 +1,12 @@
 """The loss-compute curve, the sizes' budgets, and a sweep that is stopped and goes on."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from gptdist import sweep
 from gptdist.cli import main
@@ -131,6 +133,14 @@ def test_a_real_sweep(config_file, tmp_path, capsys):
 def test_bad_sweeps(arguments, message, config_file, tmp_path, capsys):
     assert main(["sweep", config_file, *arguments, "--output", str(tmp_path / "sweep")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_losses_that_do_not_fall_are_said_to(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.subprocess, "run", Trained(loss=lambda width: {8: 4.0, 16: 3.0, 24: 3.5}[width]))
+    _, record = sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
+    sweep.print_sweep(Console(file=(out := io.StringIO()), soft_wrap=True), record)
+    assert "24x1 has no lower loss than 16x1, which took less compute" in out.getvalue()
+    assert "16x1 has no lower loss" not in out.getvalue()
 
 
 def test_a_loss_that_is_not_finite_is_named(config_file, tmp_path, monkeypatch):
