@@ -12,6 +12,7 @@ large language models" (2022).
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -91,6 +92,18 @@ def fit_curve(flops: Sequence[float], losses: Sequence[float]) -> Curve:
     return Curve(a, b, alpha, c0, math.sqrt(error / len(x)))
 
 
+def prediction_range(flops: Sequence[float], losses: Sequence[float], at: float) -> list[float] | None:
+    """[least, most] of what the curves through all points but one say of a compute: how much hangs on a single one.
+
+    None for as few points as a curve needs.
+    """
+    if len(set(flops)) <= FEWEST:
+        return None
+    rest = [[i for i in range(len(flops)) if i != left_out] for left_out in range(len(flops))]
+    predicted = [fit_curve([flops[i] for i in kept], [losses[i] for i in kept]).loss(at) for kept in rest]
+    return [min(predicted), max(predicted)]
+
+
 def _fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """(a, b, sum of squared residuals) of y = a + b x with a, b >= 0."""
     b = float(((x - x.mean()) * (y - y.mean())).sum() / max(((x - x.mean()) ** 2).sum(), 1e-30))
@@ -143,12 +156,14 @@ def run_sweep(path: str, overrides: list[str], *, output: Path, sizes: Sequence[
         if code:
             return code, record
     runs = record["runs"]
-    curve = fit_curve([runs[size.name]["flops"] for size in planned], [runs[size.name]["loss"] for size in planned])
+    points = [runs[size.name]["flops"] for size in planned], [runs[size.name]["loss"] for size in planned]
+    curve = fit_curve(*points)
     record["curve"] = dataclasses.asdict(curve) | {"sizes": [size.name for size in planned],
                                                    "is_power_law": not curve.at_border}
     if next_size is not None:
         size = plan_size(config, next_size, **budget)
-        record["next"] = {"size": size.name, "flops": size.flops, "predicted": curve.loss(size.flops)}
+        record["next"] = {"size": size.name, "flops": size.flops, "predicted": curve.loss(size.flops),
+                          "range": prediction_range(*points, size.flops)}
         _write(output, record)
         code = _train(path, overrides, config, size, output, processes, record, console)
         if code:
@@ -263,8 +278,15 @@ def print_sweep(console: Console, record: dict[str, Any]) -> None:
     console.print(table)
     if not curve["is_power_law"]:
         console.print("the losses do not fall as a power of the compute: take more sizes, or a larger budget")
+    for less, more in itertools.pairwise(curve["sizes"]):
+        if record["runs"][more]["loss"] >= record["runs"][less]["loss"]:
+            console.print(f"{more} has no lower loss than {less}, which took less compute: a curve through both "
+                          f"predicts little. Give more tokens, try another optim.lr, or take sizes of one shape")
     if following:
         ahead = record["next"]
+        if ahead["range"]:
+            console.print("without one of the sizes the curve says {:.4f} to {:.4f} of {}".format(*ahead["range"],
+                                                                                                  following))
         console.print(f"{following}: predicted {ahead['predicted']:.4f}, measured {ahead['loss']:.4f}, error "
                       f"{ahead['error']:+.4f} nats ({abs(ahead['error']) / ahead['loss']:.2%})")
 

@@ -1,10 +1,12 @@
 """The loss-compute curve, the sizes' budgets, and a sweep that is stopped and goes on."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from gptdist import sweep
 from gptdist.cli import main
@@ -27,6 +29,16 @@ def test_noise_moves_the_curve_little():
     flops = np.geomspace(1e12, 1e15, 7)
     noise = np.random.default_rng(0).normal(0, 0.005, 7)
     assert fit_curve(flops, 2 + (flops / 1e12) ** -0.2 + noise).loss(4e15) == pytest.approx(2 + 4e3 ** -0.2, abs=0.05)
+
+
+def test_the_range_of_a_prediction_is_what_the_curves_without_one_point_say():
+    flops = [1e12, 4e12, 2e13, 9e13]
+    losses = [1.7 + 2.5 * (c / 1e12) ** -0.31 for c in flops]
+    assert sweep.prediction_range(flops, losses, 1e15) == pytest.approx([1.7 + 2.5 * 1e3 ** -0.31] * 2, abs=1e-3)
+    losses[2] += 0.05
+    least, most = sweep.prediction_range(flops, losses, 1e15)
+    assert least < fit_curve(flops, losses).loss(1e15) < most
+    assert sweep.prediction_range(flops[:3], losses[:3], 1e15) is None
 
 
 def test_losses_that_are_no_power_law_are_said_to_be_none():
@@ -121,6 +133,14 @@ def test_a_real_sweep(config_file, tmp_path, capsys):
 def test_bad_sweeps(arguments, message, config_file, tmp_path, capsys):
     assert main(["sweep", config_file, *arguments, "--output", str(tmp_path / "sweep")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_losses_that_do_not_fall_are_said_to(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.subprocess, "run", Trained(loss=lambda width: {8: 4.0, 16: 3.0, 24: 3.5}[width]))
+    _, record = sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
+    sweep.print_sweep(Console(file=(out := io.StringIO()), soft_wrap=True), record)
+    assert "24x1 has no lower loss than 16x1, which took less compute" in out.getvalue()
+    assert "16x1 has no lower loss" not in out.getvalue()
 
 
 def test_a_loss_that_is_not_finite_is_named(config_file, tmp_path, monkeypatch):
