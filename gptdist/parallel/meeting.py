@@ -29,7 +29,8 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
     """The store whose address the launcher gave to every rank, opened once in a process.
 
     Under torchrun its agent serves it, else rank 0: torch's listens on every address of the host, and this one, where
-    MASTER_ADDR is a name of this host for itself, on that alone. Raises UserError where the ranks cannot meet there.
+    MASTER_ADDR is a name of this host for itself, on that alone. Raises UserError where the ranks cannot meet there,
+    LostError on other ranks than 0 where nothing answers.
     """
     address, port, timeout = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), timedelta(seconds=timeout_s)
     if not address or not port:
@@ -42,9 +43,11 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
                                  master_listen_fd=listening.detach())
         return next(dist.rendezvous("env://", timeout=timeout))[0]
     except (dist.DistNetworkError, dist.DistStoreError, OSError, ValueError) as error:
-        raise UserError(f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
-                        f"{' '.join(str(error).split())[:200]}: give the launcher a host and a free port that every "
-                        f"node reaches") from error
+        lost = rank != 0 and isinstance(error, dist.DistError)  # rank 0, which may have died, is not there
+        raise (LostError if lost else UserError)(
+            f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+            f"{' '.join(str(error).split())[:200]}: give the launcher a host and a free port that every node "
+            f"reaches") from error
 
 
 def is_loopback(address: str) -> bool:
