@@ -75,6 +75,14 @@ class Curve:
         return self.b == 0 or not ALPHAS[0] < self.alpha < ALPHAS[-1]
 
 
+FAST = 0.01  # residuals of a curve with a = 0, as a share of its first loss, from which it is too slow for its points
+
+
+def falls_faster(curve: Curve) -> bool:
+    """Whether the points fall faster than a power of the compute, as at the beginning of training."""
+    return curve.a == 0 and curve.rms > FAST * curve.loss(curve.c0)
+
+
 def fit_curve(flops: Sequence[float], losses: Sequence[float]) -> Curve:
     """The curve of least squared residuals. Raises UserError for fewer than three different computes."""
     x, y = np.asarray(flops, float), np.asarray(losses, float)
@@ -278,6 +286,9 @@ def print_sweep(console: Console, record: dict[str, Any]) -> None:
     console.print(table)
     if not curve["is_power_law"]:
         console.print("the losses do not fall as a power of the compute: take more sizes, or a larger budget")
+    if falls_faster(fitted):
+        console.print("the losses fall faster than a power of the compute, and a prediction is too high: these "
+                      "budgets end in the first phase of training; give more tokens")
     for less, more in itertools.pairwise(curve["sizes"]):
         if record["runs"][more]["loss"] >= record["runs"][less]["loss"]:
             console.print(f"{more} has no lower loss than {less}, which took less compute: a curve through both "

@@ -46,6 +46,8 @@ def test_losses_that_are_no_power_law_are_said_to_be_none():
     ever_faster = fit_curve([1e12, 1e13, 1e14], [3.0, 2.9, 2.0])
     assert ever_faster.a == 0
     assert ever_faster.rms > 0.1
+    assert sweep.falls_faster(ever_faster)
+    assert not sweep.falls_faster(fit_curve([1e12, 1e13, 1e14], [3.0, 2.5, 2.2]))
     with pytest.raises(UserError, match="needs 3 sizes or more, got 2"):
         fit_curve([1e12, 1e12, 1e13], [3, 3, 2])
 
