@@ -116,7 +116,7 @@ class Watchdog:
         beat = self.beat
         part = {"rank": beat.rank, "host": beat.host, "pid": os.getpid(), "step": beat.step, "phase": beat.phase,
                 "phases": beat.phases, "saving": beat.saving, "still_s": round(still_s, 1),
-                "collectives": sequence_numbers(), "stacks": stacks(self._main), "in_flight": collectives_in_flight(),
+                "collectives": sequence_numbers(), "stacks": stacks(self._main), "last": last_collectives(),
                 "processes": {rank: process_state(other.pid, other.born) for rank, other in others.here().items()}}
         _replace(self._path("part", "json"), json.dumps(part))
 
@@ -272,7 +272,7 @@ def _text(head: str, size: int, parts: Mapping[int, dict[str, Any]], beats: Mapp
         part = parts[rank]
         lines += ["", f"rank {rank}, still for {part['still_s']} s; collectives begun, by group: "
                       f"{part['collectives'] or 'not counted'}"]
-        lines += [f"  in flight: {one}" for one in part["in_flight"]]
+        lines += [f"  among the last: {one}" for one in part["last"]]
         lines += [part["stacks"]]
     for rank in sorted(locked):
         lines += ["", f"rank {rank}, which does not answer but wrote its stacks:", locked[rank]]
@@ -315,12 +315,13 @@ def sequence_numbers() -> dict[str, int]:
     found = {}
     for group, name in dist.distributed_c10d._world.pg_names.items():
         with contextlib.suppress(RuntimeError):
-            found[name] = group._get_sequence_number_for_group()
+            if number := group._get_sequence_number_for_group():
+                found[f"{name} {group.group_desc}"] = number
     return found
 
 
-def collectives_in_flight(longest: int = 20) -> list[str]:
-    """The last collectives that torch's flight recorder has not seen end: NCCL's, where TORCH_FR_BUFFER_SIZE allows."""
+def last_collectives(longest: int = 8) -> list[str]:
+    """What torch's flight recorder has (TORCH_FR_BUFFER_SIZE): of NCCL those that have not ended; gloo's never end."""
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None) if dist.is_available() else None
     dump = dump or (getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None) if dist.is_available() else None)
     if dump is None or not dist.is_initialized():
