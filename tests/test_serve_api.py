@@ -333,7 +333,7 @@ def test_a_template_without_a_place_for_a_system_prompt():
 
 
 @pytest.mark.long
-def test_schemathesis_finds_no_server_error():
+def test_schemathesis_finds_no_server_error(tmp_path):
     schemathesis = pytest.importorskip("schemathesis", reason="it makes up the requests")
     import subprocess
     import sys
@@ -343,7 +343,7 @@ def test_schemathesis_finds_no_server_error():
         done = subprocess.run(
             [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.address}/openapi.json", "--checks",
              "not_a_server_error", "--max-examples", "60", "--phases", "examples,coverage,fuzzing", "--seed", "1"],
-            capture_output=True, text=True, timeout=900)
+            capture_output=True, text=True, timeout=900, cwd=tmp_path)
         assert schemathesis is not None
         assert done.returncode == 0, done.stdout[-5000:]
         assert server.engine.failures == 0
