@@ -240,7 +240,8 @@ def meet(config: Config | None, fault: ActionableError | None) -> None:
 
     Raises UserError or MissingError on every rank, the same, where one cannot begin or is not like the others.
     """
-    if env_world_size() == 1 and fault is not None:
+    if fault is not None and (env_world_size() == 1 or "MASTER_ADDR" not in os.environ):
+        fault.agreed = True  # there is nowhere to meet: each rank has to take it that the others find it too
         raise fault
     if env_world_size() == 1:
         return

@@ -69,18 +69,25 @@ def _size(found: Mapping, path: Path, default: int, *names: str) -> int:
     name = next((name for name in names if name in found), names[0])
     value = found.get(name, default)
     if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
-        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a whole number from 1 to {LARGEST_SIZE}")
+        raise UserError(f"{path}: {name} is {_shown(value)}, expected a whole number from 1 to {LARGEST_SIZE}")
     return value
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.40}"
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _number(found: Mapping, path: Path, name: str, default: float) -> float:
     value = found.get(name, default)
     if type(value) not in (int, float) or not abs(value) < float("inf"):
-        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a number")
+        raise UserError(f"{path}: {name} is {_shown(value)}, expected a number")
     try:
         return float(value)
     except OverflowError:
-        raise UserError(f"{path}: {name} is {str(value)[:40]!r}, expected a number") from None
+        raise UserError(f"{path}: {name} is {_shown(value)}, expected a number") from None
 
 
 def _bool(found: Mapping, path: Path, name: str) -> bool:

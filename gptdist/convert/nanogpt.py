@@ -53,7 +53,7 @@ def _model_config(args: object, path: Path) -> ModelConfig:
     sizes = {ours: args[theirs] for theirs, ours in _ARGS.items()}
     dropout, bias = args.get("dropout", 0.0), args["bias"]
     if not isinstance(dropout, int | float | None) or not 0 <= (dropout or 0) < 1:
-        raise UserError(f"{path}: model_args dropout is {str(dropout)[:40]!r}, expected a number from 0 to below 1")
+        raise UserError(f"{path}: model_args dropout is {dropout!r:.40}, expected a number from 0 to below 1")
     if not isinstance(bias, bool | int):
-        raise UserError(f"{path}: model_args bias is {str(bias)[:40]!r}, expected true or false")
+        raise UserError(f"{path}: model_args bias is {bias!r:.40}, expected true or false")
     return named_config(path, **sizes, bias=bool(bias), dropout=float(dropout or 0))
