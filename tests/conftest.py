@@ -19,6 +19,7 @@ FIRST = ("test_readme", "test_parallel", "test_lora", "test_zero", "test_tensor_
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`pytest -n N --dist loadgroup`: a module stays in one process, all that use `two_processes` in one too."""
     order = {name: i for i, name in enumerate(FIRST)}
