@@ -12,4 +12,4 @@ export GPTDIST_PTXVM=1  # CUDA kernels are tested without a GPU, from their PTX
 gpu_visible || export GPTDIST_CUDA_ARCHS="${GPTDIST_CUDA_ARCHS-ptx}"  # machine code that nothing here runs takes longest
 set_up test,deepspeed
 processes="$(nproc)"
-exec python -m pytest -q -n "$((processes < 8 ? processes : 8))" --dist loadgroup --no-loadscope-reorder "${which[@]}" "$@"
+exec python -m pytest -q -n "$((processes < 8 ? processes : 8))" --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

@@ -19,15 +19,9 @@ FIRST = ("test_readme", "test_parallel", "test_lora", "test_zero", "test_tensor_
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`pytest -n N --dist loadgroup`: a module stays in one process, all that use `two_processes` in one too."""
     order = {name: i for i, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))  # stable
-    shared = {item.path for item in items if "two_processes" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "two_processes" if item.path in shared else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
