@@ -1,5 +1,6 @@
 """A server in this process, on a free port, that the tests of serve/ share; and a tiny model for it."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,10 @@ class Running:
 
     def post(self, path: str, **body) -> httpx.Response:
         return self.client.post(path, json=body)
+
+    def send_little_ahead(self) -> None:
+        """The kernel holds little of what a client does not read; for the connections from now on."""
+        self._server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def stop(self) -> None:
         """As a signal does: no new requests, the running ones are finished."""

@@ -242,6 +242,7 @@ def test_a_client_that_goes_away_frees_its_row(stream):
 
 def test_a_reader_that_does_not_read_holds_up_nobody():
     with running(tiny_served()) as server:
+        server.send_little_ahead()
         body = json.dumps(dict(prompt="x", max_tokens=90, n=16, logprobs=20, stream=True, seed=1)).encode()
         with socket.socket() as sleeps:
             sleeps.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

@@ -148,7 +148,7 @@ def test_compiling_under_zero3_is_refused():
 
 
 def test_replicas_that_do_not_divide_the_processes(monkeypatch):
-    monkeypatch.setattr("gptdist.parallel.world._join", lambda *args: None)
+    monkeypatch.setattr("gptdist.parallel.world.join", lambda *args: None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="replicas=3 does not divide the 4 processes"):
         init_world(ParallelConfig(strategy="hsdp", replicas=3, device="cpu", threads=1))

@@ -81,17 +81,17 @@ def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: i
                         ) from error
 
 
-def exchange(value: Any) -> list[Any]:
-    """The value of every rank, by rank; a collective call of the default process group, two small all-gathers.
+def exchange(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The value of every rank of a group (None: all), by rank; a collective call, two small all-gathers.
 
     value: whatever JSON has. Without a process group, this process's alone.
     """
     data = json.dumps(value).encode()
     if not dist.is_initialized():
         return [json.loads(data)]
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
     padded = torch.frombuffer(bytearray(data.ljust(max(map(int, sizes)))), dtype=torch.uint8)
     received = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [json.loads(bytes(one.numpy())[:int(size)]) for one, size in zip(received, sizes, strict=True)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptdist.errors import ReplicaError
+from gptdist.parallel.meeting import exchange
 from gptdist.parallel.strategies import Strategy
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -27,8 +28,7 @@ def check_replicas(strategy: Strategy, step: int) -> None:
              if (difference := _difference(strategy, group, tensors)) is not None]
     if not strategy.world.sum(torch.tensor(len(found))).item():
         return
-    everywhere: list = [None] * strategy.world.size
-    dist.all_gather_object(everywhere, found[0] if found else None)
+    everywhere = exchange(found[0] if found else None)
     raise ReplicaError(f"after step {step} {next(filter(None, everywhere))}: a processor or memory may be faulty; "
                        f"leave that host out and start again, to go on from the last checkpoint", agreed=True)
 
@@ -45,9 +45,7 @@ def _difference(strategy: Strategy, group: dist.ProcessGroup | None, tensors: Ma
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
     if torch.equal(bounds[0], ~bounds[1]):
         return None
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (dist.get_rank(), socket.gethostname(), sums.tolist()), group=group)
-    return describe(list(tensors), everyone)
+    return describe(list(tensors), exchange((dist.get_rank(), socket.gethostname(), sums.tolist()), group))
 
 
 def describe(keys: Sequence[str], everyone: Sequence[tuple[int, str, list[int]]]) -> str:
