@@ -32,8 +32,8 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 
 from gptdist import config as config_module
+from gptdist.cluster import check_batch
 from gptdist.config import Config
-from gptdist.data.shares import check_world
 from gptdist.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -355,7 +355,7 @@ def check_worlds(config: Config, nodes: range, processes: int) -> None:
             raise UserError(f"{among}, which parallel.replicas={replicas} x parallel.tensor={parallel.tensor} does not "
                             f"divide: change those, or --nodes")
     try:
-        check_world(config.sequences_per_step, nodes[-1] * processes // parallel.tensor)
+        check_batch(config, nodes[-1] * processes)
     except UserError as error:
         raise UserError(f"--nodes {nodes[0]}:{nodes[-1]} with {processes} processes per node: {error}") from None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.chaos import children
 from gptdist import config as config_module
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.stream import TensorReader
@@ -49,12 +50,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def tree(pid: int) -> list[int]:
     """A process and all that it started."""
-    try:
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-                    for child in (task / "children").read_text().split()]
-    except OSError:  # it has ended
-        children = []
-    return [pid, *(found for child in children for found in tree(child))]
+    return [pid, *(found for child in children(pid) for found in tree(child))]
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 600,

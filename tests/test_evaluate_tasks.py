@@ -395,22 +395,15 @@ def continued(checkpoint: Path, prompt: str) -> str:
     return prompt + Generator(model, tokenizer).generate([prompt], SAMPLING)[0].text
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("--task.name=classify", "eval.tasks is for models that write text"),
-    ("--parallel.tensor=2", "eval.tasks with parallel.tensor=2"),
+@pytest.mark.parametrize(("setting", "override", "message"), [
+    ("--eval.tasks=[stdlib]", "--task.name=classify", "eval.tasks is for models that write text"),
+    ("--eval.tasks=[stdlib]", "--parallel.tensor=2", "eval.tasks with parallel.tensor=2"),
+    ("--eval.prompt=The", "--task.name=instruct", "eval.prompt is for pretraining"),
+    ("--eval.prompt=The", "--parallel.tensor=2", "eval.prompt with parallel.tensor=2"),
 ])
-def test_where_no_tasks_can_run(override, message, tmp_path):
+def test_where_no_tasks_can_run_and_no_prompt_is_continued(setting, override, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        tiny_config(tmp_path, tmp_path, "--eval.tasks=[stdlib]", override, "--parallel.strategy=fsdp")
-
-
-@pytest.mark.parametrize(("override", "message"), [
-    ("--task.name=instruct", "eval.prompt is for pretraining"),
-    ("--parallel.tensor=2", "eval.prompt with parallel.tensor=2"),
-])
-def test_where_no_prompt_is_continued(override, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        tiny_config(tmp_path, tmp_path, "--eval.prompt=The", override, "--parallel.strategy=fsdp")
+        tiny_config(tmp_path, tmp_path, setting, override, "--parallel.strategy=fsdp")
 
 
 def test_a_task_that_is_not_there_fails_before_the_first_step(dataset, tmp_path):

@@ -22,7 +22,6 @@ ALLOWED = {
     ("convert/files.py", "import pickle"): "names its exception, UnpicklingError",
     ("convert/deepspeed.py", "import pickle"): "raises its exception, UnpicklingError",
     ("checkpoint/ranks.py", "broadcast_object_list"): "between the processes of one run, over its own process group",
-    ("checkpoint/ranks.py", "all_gather_object"): "between the processes of one run, over its own process group",
     ("tasks/__init__.py", "import_module"): "one of this package's own modules, by a task.name that the schema has",
     ("tasks/dpo.py", "load"): "safetensors.torch.load: a format without code",
 }

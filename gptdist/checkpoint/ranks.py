@@ -3,11 +3,12 @@
 import socket
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from gptdist.errors import ActionableError, DamagedError, LockedError, MissingError, ReplicaError, UserError
+from gptdist.parallel.meeting import exchange
 
 T = TypeVar("T")
 Fault = tuple[str, str, str]
@@ -46,12 +47,8 @@ class Ranks:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, on every rank."""
-        values: list[Any] = [value]
-        if self.distributed:
-            values = [None] * self.world
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+        """The value of every rank, on every rank: whatever JSON has."""
+        return exchange(value, self.group) if self.distributed else [value]
 
 
 def _attempt(do: Callable[[], T]) -> tuple[T | None, BaseException | None]:

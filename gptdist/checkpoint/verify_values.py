@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.base import base_of, weight_shapes
@@ -18,6 +17,7 @@ from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import ModelConfig
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
+from gptdist.faults.bad_steps import is_finite
 from gptdist.model import build
 from gptdist.optim.adamw import MOMENTS
 
@@ -135,8 +135,3 @@ def _check_finite(reader: TensorReader, key: str) -> None:
             first = tuple(o + i for o, i in zip(offset, bad[0].tolist(), strict=True))
             raise _bad(reader.path, f"{key} ({file}) has {len(bad)} values that are not finite, the first at "
                                     f"{list(first)}: {values[tuple(bad[0].tolist())].item()}")
-
-
-def is_finite(values: Tensor) -> bool:
-    """Without a mask as large as the values: a sum over finite fp32 values in fp64 is finite."""
-    return not values.is_floating_point() or math.isfinite(values.sum(dtype=torch.float64).item())

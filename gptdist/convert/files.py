@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gptdist.checkpoint.files import user_errors
 from gptdist.checkpoint.shards import DTYPES, Part
-from gptdist.checkpoint.verify_values import is_finite
 from gptdist.errors import UserError
+from gptdist.faults.bad_steps import is_finite
 
 # Both texts in which torch names what a pickle asks for.
 _ASKED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")

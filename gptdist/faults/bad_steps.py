@@ -8,9 +8,17 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from gptdist.config import TrainConfig
 
 NOT_FINITE, SPIKE = "not finite", "spike"
+
+
+def is_finite(values: Tensor) -> bool:
+    """Without a mask as large as the values: a sum over finite fp32 values in fp64 is finite."""
+    return not values.is_floating_point() or math.isfinite(values.sum(dtype=torch.float64).item())
 
 
 def fault_of(loss: float, norm: float, recent: Sequence[Sequence[float]], config: TrainConfig) -> str | None:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptdist import ops
 from gptdist.config import Config
+from gptdist.faults.bad_steps import is_finite
 from gptdist.model import LanguageModel, Linear
 from gptdist.optim.adamw import AdamW, local, slots
 from gptdist.parallel.flat_shard import FlatShard
@@ -305,7 +306,3 @@ def make_strategy(world: World, config: Config) -> Strategy:
 def held(tensor: Tensor) -> Tensor:
     """This rank's values of a tensor of a strategy's state, plain."""
     return tensor.flat if isinstance(tensor, FlatShard) else local(tensor)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
