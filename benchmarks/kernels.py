@@ -1,11 +1,12 @@
 """This project's ops beside PyTorch's own, on whatever device is there, and how much of what it can do they reach.
 
-    python -m benchmarks.kernels [--op attention bias_gelu] [--json FILE] [--png FILE]
+    python -m benchmarks.kernels [--op attention bias_gelu] [--dtype float32] [--json FILE] [--png FILE]
 
 Each row: one pass of an op; this project's and every peer in alternation, medians. The limit of a pass is the longer of
 two times: its FLOPs at the speed of a large matrix product, and its bytes (those that it must move, csrc/README.md)
 at the speed of a copy, both measured in the same run. The share may pass 100% where data stay in a cache. The error
-is the largest difference from float64 over the largest value, at a small shape.
+is the largest difference from float64 over the largest value, at a small shape. A CPU that does not multiply bf16 is
+timed in fp32 alone, if --dtype does not say otherwise: its products in bf16 take a hundred times as long.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from benchmarks import ops_timed
 from benchmarks.ops_timed import FAMILIES, OURS, Family, Timed, short
 from benchmarks.timing import Time, alternating, copy_bandwidth, matmul_flops
 from gptdist.ops import backends
+from gptdist.parallel.host import has_bf16, set_up_process
 
 
 @dataclass(frozen=True)
@@ -171,16 +173,29 @@ def plot(found: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def of_dtypes(names: list[str], dtypes: list[torch.dtype]) -> dict[str, Family]:
+    """The families of that name, in those of their dtypes alone."""
+    def kept(own: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+        return tuple(dtype for dtype in own if dtype in dtypes)
+
+    return {name: replace(family, cpu_dtypes=kept(family.cpu_dtypes), cuda_dtypes=kept(family.cuda_dtypes))
+            for name, family in ((name, FAMILIES[name]) for name in names)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="OP")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"],
+                        help="default: what the device multiplies, see the head of this file")
     parser.add_argument("--no-compile", action="store_true", help="leave out the peers that torch.compile makes")
     parser.add_argument("--repeats", type=int, default=51)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    families = {name: FAMILIES[name] for name in args.op}
+    native = [torch.float32, torch.bfloat16] if has_bf16(device) else [torch.float32]
+    set_up_process(device)  # as in training, and for every peer: freed memory is kept
+    families = of_dtypes(args.op, [getattr(torch, name) for name in args.dtype] if args.dtype else native)
     dtypes = dict.fromkeys(dtype for family in families.values() for dtype in family.dtypes(device))
     sizes = (1 << 29, 8192) if device.type == "cuda" else (1 << 26, 1024)
     limits = measured_limits(device, dtypes, 11, *sizes)

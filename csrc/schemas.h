@@ -12,6 +12,7 @@ constexpr const char* kSchemas[] = {
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] shadows,"
     " Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
     "grad_norm(Tensor[] tensors) -> Tensor",
+    "dropout(Tensor x, float p, Tensor key, Tensor sample_ids, int site, int row_offset) -> Tensor",
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, bool has_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -29,8 +30,6 @@ constexpr const char* kSchemas[] = {
     "layer_norm_to_bf16_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, int ignore_index) -> (Tensor loss, Tensor lse)",
     "scaled_sum_(Tensor(a!) out, Tensor x, Tensor? addend, float scale) -> ()",
-    // CUDA only.
-    "dropout(Tensor x, float p, Tensor key, Tensor sample_ids, int site, int row_offset) -> Tensor",
     // qkv (B, T, Hkv, G+2, D) gives out (B, T, Hkv, G, D) and lse (B, Hkv, G, T), which is fp32.
     "attention_fwd(Tensor qkv, bool causal, Tensor? doc_start, float p, Tensor? key, Tensor? sample_ids, int site,"
     " int head_offset) -> (Tensor out, Tensor lse)",

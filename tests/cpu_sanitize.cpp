@@ -11,6 +11,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/dropout.h"
 #include "cpu/few_rows_linear.h"
 
 using namespace gptdist::cpu;
@@ -156,6 +157,15 @@ void bias_gelu(int64_t rows, int64_t channels, Isa isa) {
 }
 
 template <class T>
+void dropped(int64_t channels, Isa isa) {
+  const auto x = numbers<T>(6 * channels);
+  const std::vector<int64_t> ids{1, -2};
+  std::vector<T> y(x.size());
+  dropout(Dropout<T>{x.data(), y.data(), ids.data(), 3, channels, 77, 1u << 30, 5, 9, 2.0f, 0, 6}, isa);
+  check(y, "y of dropout");
+}
+
+template <class T>
 void few_rows_linear(int64_t rows, int64_t inputs, int64_t outputs, Isa isa) {
   const auto x = numbers<T>(rows * inputs), weight = numbers<T>(outputs * inputs), bias = numbers<T>(outputs);
   std::vector<T> y(rows * outputs);
@@ -189,6 +199,7 @@ void all(Isa isa) {
     for (const int64_t inputs : {1, 32, 77}) few_rows_linear<T>(rows, inputs, 10 * rows + 1, isa);
   }
   for (const int64_t channels : {1, 15, 16, 33, 1050}) bias_gelu<T>(3, channels, isa);
+  for (const int64_t channels : {1, 33, 256, 1030}) dropped<T>(channels, isa);
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ def test_an_index_that_claims_more_than_its_files_have(checkpoint):
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    (b"n_layers: 1", b"n_layers: 1000000000", "has 1000000000 blocks, but it holds"),
+    (b"n_layers: 1", b"n_layers: 1000000000", "has 1000000000 blocks, it has"),
     (b"width: 8", b"width: 80000000", r"config\.yaml gives \(384, 80000000\)"),
     (b"model:", b"[]\n#", "holds a list, expected a run's configuration|not valid YAML"),
 ])

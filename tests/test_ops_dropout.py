@@ -1,10 +1,14 @@
 """dropout: its mask, its gradient, and that it depends on nothing but its arguments."""
 
+import re
+
 import pytest
 import torch
 
-from gptdist.ops import dropout, dropout_key
+from gptdist.ops import backends, dropout, dropout_key
 
+compiled = pytest.mark.skipif(bool(backends.library_problem()), reason=backends.library_problem() or "built")
+C = torch.ops.gptdist_c
 KEY = dropout_key(1, 2)
 IDS = torch.tensor([40, 7, 9])
 
@@ -54,3 +58,43 @@ def test_wrong_arguments_are_named(arguments, message):
     arguments = {"p": 0.1, "key": KEY, "sample_ids": IDS, "site": 0, **arguments}
     with pytest.raises(ValueError, match=message):
         dropout(torch.ones(3, 4, 5), **arguments)
+
+
+@compiled
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 3, 256), (2, 3, 261), (2, 40, 1030)])
+def test_the_kernel_gives_the_bits_of_the_reference(shape, dtype, level, monkeypatch):
+    best = C.cpu_isa(-1)
+    if C.cpu_isa(level) != level:
+        pytest.skip(f"this processor has no level {level}")
+    x = torch.randn(shape).to(dtype)
+    x[0, 0, 0] = torch.nan
+    arguments = {"key": KEY, "sample_ids": torch.tensor([5, (1 << 32) + 7, -3])[: shape[0]], "site": 65535}
+    try:
+        assert backends.choose("dropout", x.device, dtype).backend == "cpu"
+        got = dropout(x, 0.3, row_offset=70_000, **arguments)
+    finally:
+        C.cpu_isa(best)
+    monkeypatch.setenv("GPTDIST_OPS", "reference")
+    torch.testing.assert_close(got, dropout(x, 0.3, row_offset=70_000, **arguments), atol=0, rtol=0, equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(4, 5)}, r"x has shape (4, 5), expected (B, T, C)"),
+        ({"x": torch.ones(3, 4, 5).double()}, "x is float64, expected float32 or bfloat16"),
+        ({"x": torch.ones(3, 5, 4).mT}, "x is not contiguous"),
+        ({"p": 1.0}, "probability is 1, expected 0 <= p < 1"),
+        ({"key": KEY.int()}, "key is int32, expected int64"),
+        ({"ids": IDS[:2]}, "sample_ids has 2 elements, expected B=3"),
+        ({"site": 1 << 16}, "site is 65536"),
+        ({"row_offset": -1}, "row_offset is -1"),
+    ],
+)
+def test_the_kernel_names_what_does_not_fit(change, message):
+    arguments = {"x": torch.ones(3, 4, 5), "p": 0.1, "key": KEY, "ids": IDS, "site": 0, "row_offset": 0} | change
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        C.dropout(*arguments.values())

@@ -278,13 +278,13 @@ GPTDIST_INLINE Floats hide(Floats x, Seen seen, int64_t column) {
 // Dropout's factors of a query and the kTileKeys keys from first_key: 0, or `factor` where kept. Philox4x32-7 serves
 // four keys with a call; the calls are the lanes of the loops.
 struct DropoutRow {
-  uint32_t key0, key1, sample, site_and_head, threshold;
+  uint64_t key;
+  uint32_t sample, site_and_head, threshold;
   float factor;
 
   GPTDIST_INLINE DropoutRow(const AttentionShape& shape, int64_t b, int64_t h, int64_t g) {
     const AttentionDropout& dropout = shape.dropout;
-    key0 = uint32_t(dropout.key);
-    key1 = uint32_t(dropout.key >> 32);
+    key = dropout.key;
     sample = uint32_t(dropout.sample_ids[b]);
     site_and_head = uint32_t(dropout.site) << 16 | uint32_t(dropout.head_offset + h * shape.group + g);
     threshold = dropout.threshold;
@@ -305,18 +305,7 @@ struct DropoutRow {
       c2[i] = sample;
       c3[i] = site_and_head;
     }
-    uint32_t k0 = key0, k1 = key1;
-    for (int round = 0; round < 7; ++round) {
-      for (int i = 0; i < kCalls; ++i) {
-        const uint64_t product0 = uint64_t(c0[i]) * 0xD2511F53u, product1 = uint64_t(c2[i]) * 0xCD9E8D57u;
-        c0[i] = uint32_t(product1 >> 32) ^ c1[i] ^ k0;
-        c1[i] = uint32_t(product1);
-        c2[i] = uint32_t(product0 >> 32) ^ c3[i] ^ k1;
-        c3[i] = uint32_t(product0);
-      }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    philox4x32(c0, c1, c2, c3, key);
     for (int i = 0; i < kCalls; ++i) {
       to[4 * i] = c0[i] >= threshold ? factor : 0.0f;
       to[4 * i + 1] = c1[i] >= threshold ? factor : 0.0f;

@@ -2,6 +2,7 @@
 // file and names its tables.
 
 #include "simd.h"
+#include "philox.h"
 #include "attention_tiles.h"
 #include "attention_operands.h"
 #include "attention_forward.h"

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gptdist.checkpoint import layout, store
+from gptdist.checkpoint.files import damaged
 from gptdist.config import Config
 from gptdist.errors import UserError
 
@@ -37,8 +38,7 @@ def base_of(checkpoint: Path) -> Path | None:
         case {"path": str(path), "manifest_sha256": str(wanted)}:
             _check(checkpoint, Path(path), wanted)
             return Path(path)
-    raise UserError(f"damaged checkpoint: {checkpoint / BASE_NAME} has no path and manifest_sha256; use another "
-                    f"checkpoint")
+    raise damaged(checkpoint / BASE_NAME, "it has no path and manifest_sha256")
 
 
 def _check(checkpoint: Path, base: Path, wanted: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptdist.errors import UserError
+from gptdist.errors import DamagedError, UserError
 
 # Bytes copied, hashed and written at a time. This bounds the extra memory of a save or a load: two blocks at most live.
 BLOCK_BYTES = 16 << 20
@@ -113,6 +113,10 @@ def user_errors(doing: str) -> Iterator[None]:
     except OSError as e:
         advice = _ADVICE.get(e.errno, "check the disk and its file system")
         raise UserError(f"cannot {doing} {e.filename}: {e.strerror} (on {socket.gethostname()}); {advice}") from e
+
+
+def damaged(path: Path, why: str) -> DamagedError:
+    return DamagedError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
 
 
 def plain_name(name: object, folders: bool = False) -> bool:

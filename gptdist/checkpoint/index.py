@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from gptdist.checkpoint.files import plain_name
+from gptdist.checkpoint.files import damaged, plain_name
 from gptdist.checkpoint.shards import DTYPES
-from gptdist.errors import DamagedError, UserError
+from gptdist.errors import UserError
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -56,9 +56,9 @@ def decode(text: bytes, path: Path) -> Index:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
-        raise _damaged(path, "it is not JSON") from None
+        raise damaged(path, "it is not JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
-        raise _damaged(path, "it has no table of tensors")
+        raise damaged(path, "it has no table of tensors")
     check_format(data.get("format"), path)
     return {key: _entry(key, value, path) for key, value in data["tensors"].items()}
 
@@ -76,12 +76,12 @@ def _entry(key: str, value: object, path: Path) -> Entry:
     match value:
         case {"dtype": str(name), "shape": list(shape), "chunks": list(chunks)} if name in _DTYPE_NAMES:
             if not _sizes(shape):
-                raise _damaged(path, f"{key}: shape {shape} is not a list of sizes")
+                raise damaged(path, f"{key}: shape {shape} is not a list of sizes")
             entry = Entry(_DTYPE_NAMES[name], tuple(shape), tuple(_chunk(key, c, path) for c in chunks))
         case _:
-            raise _damaged(path, f"{key}: expected dtype, shape and chunks")
+            raise damaged(path, f"{key}: expected dtype, shape and chunks")
     if (fault := _cover_fault(entry.shape, entry.chunks)) is not None:
-        raise _damaged(path, f"{key}: {fault}")
+        raise damaged(path, f"{key}: {fault}")
     return entry
 
 
@@ -89,10 +89,10 @@ def _chunk(key: str, value: object, path: Path) -> Chunk:
     match value:
         case {"offset": list(offset), "shape": list(shape), "file": str(file), "key": str(name)}:
             if not plain_name(file):
-                raise _damaged(path, f"{key}: {file!r} is not the name of a file in this directory")
+                raise damaged(path, f"{key}: {file!r} is not the name of a file in this directory")
             if _sizes(offset) and _sizes(shape):
                 return Chunk(tuple(offset), tuple(shape), file, name)
-    raise _damaged(path, f"{key}: a chunk needs offset, shape, file and key")
+    raise damaged(path, f"{key}: a chunk needs offset, shape, file and key")
 
 
 def _sizes(values: list) -> bool:
@@ -131,5 +131,3 @@ def _meet(a: Chunk, b: Chunk) -> bool:
     return all(ao < bo + bn and bo < ao + an for ao, an, bo, bn in spans)
 
 
-def _damaged(path: Path, why: str) -> DamagedError:
-    return DamagedError(f"damaged checkpoint: {path}: {why}; use another checkpoint")

@@ -17,6 +17,7 @@ from gptdist import config as config_module
 from gptdist import lora
 from gptdist.checkpoint import layout, store
 from gptdist.checkpoint.base import base_of, weight_shapes
+from gptdist.checkpoint.files import damaged
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.stream import TensorReader
 from gptdist.config import Config, LoRAConfig
@@ -73,19 +74,17 @@ def refuse_classifier(checkpoint: str | os.PathLike, config: Config) -> None:
 
 
 def check_depth(checkpoint: Path, config: Config) -> None:
-    """Raise UserError where config.yaml has more blocks than the checkpoint has tensors: before they are made."""
+    """Raise DamagedError where config.yaml has more blocks than the checkpoint has tensors: before they are made."""
     tensors = weight_shapes(checkpoint)
     if config.model.n_layers > len(tensors):
-        raise UserError(f"damaged checkpoint: {checkpoint}: its config.yaml has {config.model.n_layers} blocks, but it "
-                        f"holds {len(tensors)} tensors; use another checkpoint")
+        raise damaged(checkpoint, f"its config.yaml has {config.model.n_layers} blocks, it has {len(tensors)} tensors")
 
 
 def _fill(model: GPT, checkpoint: Path, device: str | torch.device, dtype: torch.dtype) -> GPT:
     shapes = weight_shapes(checkpoint)
     for name, parameter in model.named_parameters():  # before memory is asked for
         if (found := shapes.get(f"model.{name}")) != tuple(parameter.shape):
-            raise UserError(f"damaged checkpoint: {checkpoint}: it has model.{name} as {found}, its config.yaml gives "
-                            f"{tuple(parameter.shape)}; use another checkpoint")
+            raise damaged(checkpoint, f"it has model.{name} as {found}, its config.yaml gives {tuple(parameter.shape)}")
     model.to(dtype).to_empty(device=device)
     load_weights(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.eval()

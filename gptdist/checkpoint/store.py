@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gptdist.checkpoint.files import FileRecord, fsync_dir, naming, plain_name, user_errors, write_file
+from gptdist.checkpoint.files import FileRecord, damaged, fsync_dir, naming, plain_name, user_errors, write_file
 from gptdist.checkpoint.index import INDEX_NAME, Entry, Index, decode
 from gptdist.checkpoint.layout import (
     MANIFEST_NAME,
@@ -229,14 +229,10 @@ def checked_index(path: Path) -> Index:
         for chunk in entry.chunks:
             claimed[chunk.file] = claimed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
             if chunk.file not in manifest.files:
-                raise _damaged(path, f"{key} lies in {chunk.file}, which {MANIFEST_NAME} does not name")
+                raise damaged(path, f"{key} lies in {chunk.file}, which {MANIFEST_NAME} does not name")
             if claimed[chunk.file] > manifest.files[chunk.file].size:  # memory is asked for before a file is read
-                raise _damaged(path, f"{INDEX_NAME} claims more bytes in {chunk.file} than it has, up to {key}")
+                raise damaged(path, f"{INDEX_NAME} claims more bytes in {chunk.file} than it has, up to {key}")
     return index
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"damaged checkpoint: {path}: {why}; use another checkpoint")
 
 
 def _grown(entry: Entry, shape: torch.Size) -> Entry:

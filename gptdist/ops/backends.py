@@ -68,6 +68,7 @@ COMPILED = {
         "few_rows_linear": Kernel(_CPU.dtypes, f"up to {MAX_FEW_ROWS} rows"),
         "cross_entropy": _CPU,
         "linear_cross_entropy": _CPU,
+        "dropout": _CPU,
         "adamw_": _ADAMW,
         "grad_norm": Kernel(_HALVES),
     },

@@ -14,7 +14,10 @@ from .random import check_randomness, keep_mask
 def _dropout(
     x: torch.Tensor, p: float, key: torch.Tensor, sample_ids: torch.Tensor, site: int, row_offset: int
 ) -> torch.Tensor:
-    if choose("dropout", x.device, x.dtype).backend == "cuda":
+    backend = choose("dropout", x.device, x.dtype).backend
+    if backend == "cpu":
+        return torch.ops.gptdist_c.dropout(x.contiguous(), p, key, sample_ids.contiguous(), site, row_offset)
+    if backend == "cuda":
         return cuda_kernels().dropout(aligned(x), p, aligned(key), aligned(sample_ids), site, row_offset)
     _, T, C = x.shape
     rows = torch.arange(row_offset, row_offset + T, device=x.device)
