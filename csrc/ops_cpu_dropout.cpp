@@ -11,14 +11,14 @@ using namespace gptdist;
 
 template <class T>
 void drop(cpu::Dropout<T> whole, const Tensor& x, Tensor& y) {
-  const Isa isa = active_isa();
+  const cpu::DropoutKernel<T> kernel = cpu::dropout_kernel<T>(active_isa());
   whole.x = static_cast<const T*>(x.data_ptr());
   whole.y = static_cast<T*>(y.data_ptr());
   parallel_blocks(rows_and_channels(x), 1, [&](int64_t begin, int64_t end) {
     cpu::Dropout<T> part = whole;
     part.begin = begin;
     part.end = end;
-    cpu::dropout(part, isa);
+    kernel(part);
   });
 }
 

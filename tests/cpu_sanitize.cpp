@@ -161,7 +161,7 @@ void dropped(int64_t channels, Isa isa) {
   const auto x = numbers<T>(6 * channels);
   const std::vector<int64_t> ids{1, -2};
   std::vector<T> y(x.size());
-  dropout(Dropout<T>{x.data(), y.data(), ids.data(), 3, channels, 77, 1u << 30, 5, 9, 2.0f, 0, 6}, isa);
+  dropout_kernel<T>(isa)(Dropout<T>{x.data(), y.data(), ids.data(), 3, channels, 77, 1u << 30, 5, 9, 2.0f, 0, 6});
   check(y, "y of dropout");
 }
 

@@ -101,7 +101,8 @@ def test_attention_that_stores_its_scores_is_not_run_on_long_sequences(monkeypat
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kernels", "--op", "bias_gelu", "--no-compile", "--repeats", "3"]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--op", "bias_gelu", "--no-compile", "--repeats", "3",
+               "--dtype", "float32", "bfloat16"]
     command += ["--json", str(tmp_path / "k.json"), "--png", str(tmp_path / "k.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -275,8 +275,7 @@ GPTDIST_INLINE Floats hide(Floats x, Seen seen, int64_t column) {
   return ((key >= seen.begin) & (key < seen.end)) ? x : broadcast(-std::numeric_limits<float>::infinity());
 }
 
-// Dropout's factors of a query and the kTileKeys keys from first_key: 0, or `factor` where kept. Philox4x32-7 serves
-// four keys with a call; the calls are the lanes of the loops.
+// Dropout's factors of a query and the kTileKeys keys from first_key: 0, or `factor` where kept.
 struct DropoutRow {
   uint64_t key;
   uint32_t sample, site_and_head, threshold;
@@ -296,21 +295,13 @@ struct DropoutRow {
     for (int64_t r = 0; r < kStripRows; ++r) factors(query + r, first_key, to + r * kTileKeys);
   }
 
-  inline void factors(int64_t query, int64_t first_key, float* to) const {
-    constexpr int kCalls = kTileKeys / 4;
-    uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls];
-    for (int i = 0; i < kCalls; ++i) {
-      c0[i] = uint32_t(first_key / 4 + i);
-      c1[i] = uint32_t(query);
-      c2[i] = sample;
-      c3[i] = site_and_head;
-    }
-    philox4x32(c0, c1, c2, c3, key);
-    for (int i = 0; i < kCalls; ++i) {
-      to[4 * i] = c0[i] >= threshold ? factor : 0.0f;
-      to[4 * i + 1] = c1[i] >= threshold ? factor : 0.0f;
-      to[4 * i + 2] = c2[i] >= threshold ? factor : 0.0f;
-      to[4 * i + 3] = c3[i] >= threshold ? factor : 0.0f;
+  GPTDIST_INLINE void factors(int64_t query, int64_t first_key, float* to) const {
+    for (int64_t column = 0; column < kTileKeys; column += kColumnsAtOnce) {
+      Words words[4];
+      random_words(uint32_t((first_key + column) / 4), uint32_t(query), sample, site_and_head, key, words);
+      for (int m = 0; m < 4; ++m) {
+        store(to + column + m * kLanes, words[m] >= threshold ? broadcast(factor) : broadcast(0.0f));
+      }
     }
   }
 };

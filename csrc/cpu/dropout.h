@@ -1,4 +1,4 @@
-// Dropout by position on a CPU: what ops_cpu_dropout.cpp calls. Mathematics and memory traffic: dropout.cpp.
+// Dropout by position on a CPU: what ops_cpu_dropout.cpp calls. Mathematics and memory traffic: dropout_kernel.h.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,32 @@ struct Dropout {
   int64_t begin, end;
 };
 
-void dropout(const Dropout<float>& args, Isa isa);
-void dropout(const Dropout<Bf16>& args, Isa isa);
+template <class T>
+using DropoutKernel = void (*)(const Dropout<T>& args);
+
+// For each instruction set, in simd_*.cpp.
+extern const DropoutKernel<float> kDropoutFp32Portable, kDropoutFp32Avx2, kDropoutFp32Avx512;
+extern const DropoutKernel<Bf16> kDropoutBf16Portable, kDropoutBf16Avx2, kDropoutBf16Avx512;
+
+template <class T>
+DropoutKernel<T> dropout_kernel(Isa isa);
+
+template <>
+inline DropoutKernel<float> dropout_kernel<float>([[maybe_unused]] Isa isa) {
+#ifdef GPTDIST_X86
+  if (isa >= Isa::kAvx512) return kDropoutFp32Avx512;
+  if (isa == Isa::kAvx2) return kDropoutFp32Avx2;
+#endif
+  return kDropoutFp32Portable;
+}
+
+template <>
+inline DropoutKernel<Bf16> dropout_kernel<Bf16>([[maybe_unused]] Isa isa) {
+#ifdef GPTDIST_X86
+  if (isa >= Isa::kAvx512) return kDropoutBf16Avx512;
+  if (isa == Isa::kAvx2) return kDropoutBf16Avx2;
+#endif
+  return kDropoutBf16Portable;
+}
 
 }  // namespace gptdist::cpu

@@ -9,6 +9,7 @@
 #include "attention_backward.h"
 #include "decode_attention.h"
 #include "few_rows_linear_kernel.h"
+#include "dropout_kernel.h"
 
 namespace gptdist::cpu {
 namespace {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "dropout.h"
 #include "few_rows_linear.h"
 
 #define GPTDIST_ISA 0
@@ -18,5 +19,7 @@ constexpr AttentionKernels<float> kFp32Portable = Kernels<float, float>::table()
 constexpr AttentionKernels<Bf16> kBf16Portable = Kernels<Bf16, float>::table();
 constexpr FewRowsLinearKernels<float> kLinearFp32Portable = LinearKernels<float, float>::table();
 constexpr FewRowsLinearKernels<Bf16> kLinearBf16Portable = LinearKernels<Bf16, float>::table();
+constexpr DropoutKernel<float> kDropoutFp32Portable = dropout_rows<float>;
+constexpr DropoutKernel<Bf16> kDropoutBf16Portable = dropout_rows<Bf16>;
 
 }  // namespace gptdist::cpu
