@@ -18,6 +18,7 @@ from gptdist.errors import UserError
 from gptdist.model import LanguageModel
 
 PAGE = 16  # tokens per cache page: at most 15 unused slots a row
+SCRATCH = 0  # the page of a PagePool where padding goes; no row owns it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +90,6 @@ class PagedCache:
         """Count the (B,) tokens of each row that the last forward wrote and that are not padding."""
         self.lengths = self.lengths + counts
 
-    def fork(self, rows: list[int]) -> None:
-        """New rows in place of the old ones, all of which occur in `rows`: each goes on from that one, and those that
-        go on from the same one share its pages, which its tokens have to fill. No `keep` after that.
-        """
-        full = [length // PAGE for length in self.lengths.tolist()]
-        self._free.extend(page for pages, n in zip(self._pages, full, strict=True) for page in pages[n:])
-        self._pages = [self._pages[row][:full[row]] for row in rows]
-        self.block_table, self.lengths = self.block_table[rows], self.lengths[rows]
-
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows; their pages are free again."""
         kept = set(rows)
@@ -106,6 +98,39 @@ class PagedCache:
                 self._free.extend(pages)
         self._pages = [self._pages[row] for row in rows]
         self.block_table, self.lengths = self.block_table[rows], self.lengths[rows]
+
+
+def pages_for(n_tokens: int) -> int:
+    return -(-n_tokens // PAGE)
+
+
+class PagePool(PagedCache):
+    """A PagedCache of `n_pages` pages, whose rows are those that `select` names before each forward."""
+
+    def __init__(self, config: ModelConfig, n_pages: int, *, device: torch.device, dtype: torch.dtype):
+        super().__init__(config, n_pages + 1, PAGE, device=device, dtype=dtype)  # n + 1 pages, the scratch page too
+        self.n_pages = n_pages
+        self._free.remove(SCRATCH)
+        self._pages = []
+
+    def take(self, n_pages: int) -> list[int]:
+        return [self._free.pop() for _ in range(n_pages)]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        self._free.extend(pages)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Whole pages, keys and values of all layers: a row goes on from another that ends within a page."""
+        for pages in (*self.k, *self.v):
+            pages[torch.tensor(targets, device=pages.device)] = pages[torch.tensor(sources, device=pages.device)]
+
+    def select(self, rows: Sequence[tuple[list[int], int]], new_tokens: int) -> None:
+        """The next forward is over rows of (pages, tokens written), each by `new_tokens`; padding may need more pages.
+        """
+        n = max(max(len(pages), pages_for(written + new_tokens)) for pages, written in rows)
+        self._pages = [pages + [SCRATCH] * (n - len(pages)) for pages, _ in rows]
+        self.block_table = torch.tensor(self._pages, dtype=torch.int32).to(self.k[0].device)
+        self.lengths = torch.tensor([written for _, written in rows]).to(self.k[0].device)
 
 
 @dataclass

@@ -301,18 +301,19 @@ class LanguageModel(GPT):
                 at: Tensor | None = None) -> Tensor:
         """Next-token loss in nats for every position: (B, T) fp32, 0 where the target is IGNORE.
 
+        Of `at` (B, K), with targets (B, K): the losses after these positions of each row alone, (B, K).
         Without targets: the logits (B, vocab_size) fp32 after position at[b] of each row, to generate from; of `at`
         (B, K) those after K positions of each row, (B, K, vocab_size).
         """
         options = dict(dropout=dropout, doc_start=doc_start, restart_positions=restart_positions, cache=cache)
         if targets is None:
-            hidden = self.hidden(tokens, **options)
-            rows = torch.arange(len(at), device=at.device)
-            return self.logits(hidden[rows if at.dim() == 1 else rows[:, None], at])
+            return self.logits(_positions(self.hidden(tokens, **options), at))
         embedded, weight, shadow = None, self.head_weight, self.head_shadow
         if self.head is None:
             embedded, weight = self.parallel.embed_tied(self.wte, tokens)
         hidden = self.hidden(tokens, embedded=embedded, **options)
+        if at is not None:
+            hidden = _positions(hidden, at)
         losses = self.parallel.linear_cross_entropy(
             hidden.flatten(0, 1), weight, targets.flatten(),
             vocab_size=self.config.vocab_size, ignore_index=IGNORE,
@@ -323,6 +324,12 @@ class LanguageModel(GPT):
         """(..., C) -> (..., vocab_size) fp32."""
         weight = shadowed(self.head_weight, self.head_shadow, hidden)
         return ops.linear(hidden, weight)[..., :self.config.vocab_size].float()
+
+
+def _positions(hidden: Tensor, at: Tensor) -> Tensor:
+    """hidden (B, T, C) at positions `at` (B,) or (B, K) of its rows: (B, C) or (B, K, C)."""
+    rows = torch.arange(len(at), device=at.device)
+    return hidden[rows if at.dim() == 1 else rows[:, None], at]
 
 
 class Classifier(GPT):

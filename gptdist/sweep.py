@@ -1,6 +1,7 @@
 """`gptdist sweep`: small models on a token budget, a loss-compute curve through them, and its word on the next size.
 
-Every size is a run of `gptdist train` in OUTPUT/SIZE, which goes on where it was stopped. The curve is
+Every size is a run of `gptdist train` in OUTPUT/SIZE, which goes on where it was stopped; a stop signal reaches it, and
+so does the end of this process. The curve is
 
     L(C) = a + b (C / C0)^-alpha,    a, b >= 0
 
@@ -17,7 +18,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from gptdist.config import Config, to_dict
 from gptdist.data.prepare import prepare_input
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import EXIT_REQUEUE, UserError
+from gptdist.faults.child import Child
 from gptdist.metrics import flops_per_token, read_rows
 from gptdist.model import parameter_count
 from gptdist.parallel.host import has_bf16
@@ -247,13 +248,14 @@ def _train(path: str, overrides: list[str], config: Config, size: Size, output: 
                f"--run.dir={run}"]
     console.print(f"{size.name}: {size.parameters:,} parameters, {size.tokens:,} tokens in {size.steps} steps; "
                   f"log: {log}")
-    with log.open("ab") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    child = Child(command, log)
+    code = child.run()
     exit_json = run / "exit.json"
     if code and exit_json.exists():  # torchrun flattens its workers' codes
         code = json.loads(exit_json.read_text())["code"]
-    if code == EXIT_REQUEUE:
-        return code
+    if code == EXIT_REQUEUE or (code and child.stopped):
+        console.print(f"{size.name}: stopped; the same command goes on with it")
+        return EXIT_REQUEUE
     if code:
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise UserError(f"size {size.name} ended with exit code {code}: {lines[-1][:300]} (see {log})")
@@ -266,7 +268,7 @@ def _train(path: str, overrides: list[str], config: Config, size: Size, output: 
     record["runs"][size.name] = dataclasses.asdict(size) | {"loss": losses[-1]}
     _write(output, record)
     console.print(f"{size.name}: loss {losses[-1]:.4f}")
-    return 0
+    return EXIT_REQUEUE if child.stopped else 0
 
 
 def print_sweep(console: Console, record: dict[str, Any]) -> None:

@@ -167,7 +167,7 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path, capsys):
 
 def test_only_bad_input_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text("nothing\n")
-    with pytest.raises(UserError, match=r"no documents are left .*1 bad records"):
+    with pytest.raises(UserError, match=r"no documents are left .*1 bad records, the first: .*: "):
         run(tmp_path, tmp_path / "a.jsonl", skip_bad=True)
     assert not (tmp_path / "out").exists()
 

@@ -13,6 +13,7 @@ from gptdist.checkpoint.restore import load_model
 from gptdist.cli import main
 from gptdist.data.prepare import PrepareConfig, prepare
 from gptdist.errors import UserError
+from gptdist.evaluate.batches import CALL, divide, share_contexts
 from gptdist.evaluate.calibration import calibration
 from gptdist.evaluate.embedded_sets import SETS, embedded_set
 from gptdist.evaluate.items import KINDS, Item, TaskSet, read_task
@@ -89,38 +90,95 @@ def test_scores_do_not_depend_on_the_batch(checkpoint, scorer):
     assert [s.logprob for s in scorer.score(requests(scorer))] == [s.logprob for s in together]
 
 
-def test_batches_hold_rows_of_like_length(scorer):
-    rows = [scorer._row(request) for request in requests(scorer, 200)[:200]]
-    batches = list(scorer._batches(rows, shared=False, greedy=False))
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    longest = [rows[batch[0]].positions for batch in batches]
-    assert longest == sorted(longest, reverse=True)
+def test_batches_hold_all_requests_and_rows_of_like_length(scorer):
+    nodes = [scorer._node(i, request) for i, request in enumerate(requests(scorer, 200))]
+    packed, chunks = scorer.plan(nodes, limits := scorer.limits(greedy=False))
+    batches = [*packed, *(batch for batches in chunks for batch in batches)]
+    assert sorted(node.request for batch in batches for node in batch if node.targets) == list(range(206))
+    for batch in packed:
+        assert sum(node.positions for node in batch) <= limits.packed
+    for batch in (batch for batches in chunks for batch in batches):
+        width = batch[0].positions
+        assert width == max(node.positions for node in batch)
+        assert sum(width - node.positions for node in batch) <= CALL
+        assert len(batch) * width <= limits.positions
+    computed = set()
+    for batch in batches:
+        assert all(node.parent is None or node.parent in computed for node in batch)
+        computed.update(batch)
 
 
-def test_a_context_that_requests_have_in_common_is_computed_once(scorer, monkeypatch):
-    computed, call = [], type(scorer.strategy).__call__
+def test_ranks_get_whole_families_and_like_shares(scorer):
+    nodes = [scorer._node(i, request) for i, request in enumerate(requests(scorer, 200))]
+    share_contexts(nodes)
+    shares = divide(nodes, 3)
+    assert sorted(node.request for share in shares for node in share) == list(range(206))
+    parents = [{node.parent for node in share} - {None} for share in shares]
+    assert sum(map(len, parents)) == len(set.union(*parents)) >= 2
+    loads = [sum(node.positions for node in share) for share in shares]
+    assert max(loads) - min(loads) <= 2 * scorer.model.context
+
+
+@pytest.fixture
+def computed(scorer, monkeypatch):
+    """The shapes of the tokens of each forward pass."""
+    shapes, call = [], type(scorer.strategy).__call__
     monkeypatch.setattr(type(scorer.strategy), "__call__", lambda self, tokens, *args, **more: (
-        computed.append(tuple(tokens.shape)), call(self, tokens, *args, **more))[1])
-    context = list(range(20))
+        shapes.append(tuple(tokens.shape)), call(self, tokens, *args, **more))[1])
+    return shapes
+
+
+def assert_alike(scorer, together):
+    """The scores of requests together are those of each alone."""
+    for greedy in (False, True):
+        found = scorer.score(together, greedy=greedy)
+        alone = [scorer.score([request], greedy=greedy)[0] for request in together]
+        assert [s.logprob for s in found] == pytest.approx([s.logprob for s in alone], abs=TOLERANCE)
+        assert [s.greedy for s in found] == [s.greedy for s in alone]
+
+
+@pytest.mark.parametrize("length", [3, PAGE - 1, PAGE, PAGE + 1, 20])
+def test_a_context_that_requests_have_in_common_is_computed_once(scorer, computed, length):
+    context = list(range(length))
     together = [Request(context, [1, 2, i]) for i in range(4)]
-    shared = scorer.score(together)
-    assert computed == [(1, PAGE), (4, 8)]  # four of its tokens, and two that continue it, in each row: 6, padded
-    alone = [scorer.score([request])[0].logprob for request in together]
-    assert computed[2:] == [(1, 24)] * 4
-    assert [score.logprob for score in shared] == pytest.approx(alone, abs=TOLERANCE)
+    scorer.score(together)
+    assert computed == [(1, length - 1), (4, 3)]  # each row has the last token of the context, and two of its own
     computed.clear()
-    scorer.score([Request(context[:PAGE], [1, 2]), Request(context[:PAGE], [1, 3])])
-    assert computed == [(2, 20)]  # not a whole page before the last token
+    scorer.score(together[:1])
+    assert computed == [(1, length + 2)]
+    assert_alike(scorer, together)
 
 
-def test_contexts_that_differ_in_length_share_what_they_can_in_one_batch(checkpoint, scorer):
+def test_what_contexts_begin_with_is_computed_once(scorer, computed):
+    beginning = list(range(40, 40 + PAGE + 2))
+    together = [Request([*beginning, 7 + question, 8, 9], [answer, 3]) for question in range(4) for answer in range(3)]
+    together.append(Request([*beginning, 99], [1, 2, 3]))
+    scorer.score(together)
+    # What all begin with; the four questions, but for their last tokens, and the request that has its own; answers.
+    assert computed == [(1, PAGE + 2), (5, 3), (12, 2)]
+    assert_alike(scorer, together)
+    computed.clear()
+    scorer.score([Request([], beginning), Request([], [*beginning, 5])])
+    assert computed == [(1, 2 * len(beginning) + 1)]  # all of it is asked for, in both
+
+
+def test_a_row_that_ends_with_the_context_is_padded_at_its_beginning(scorer, computed):
+    long, short = list(range(30)), list(range(50, 70))
+    together = [Request(context, [i] * n) for context, n in ((long, 3), (short, 8)) for i in range(4)]
+    scorer.score(together)
+    assert computed == [(2, 29), (8, 8)]
+    assert scorer.model.context < 29 + 8
+    assert_alike(scorer, together)
+
+
+def test_contexts_that_differ_in_length_share_what_they_can_in_one_batch(checkpoint, scorer, monkeypatch):
     contexts = [list(range(17)), list(range(50, 68)), list(range(5, 24))]
     mixed = [Request(context, [i] * (1 + i)) for context in contexts for i in range(3)]
     for batch_tokens in (20, 8192):
-        found = open_scorer(checkpoint, batch_tokens=batch_tokens).score(mixed, greedy=True)
-        alone = [scorer.score([request], greedy=True)[0] for request in mixed]
-        assert [s.logprob for s in found] == pytest.approx([s.logprob for s in alone], abs=TOLERANCE)
-        assert [s.greedy for s in found] == [s.greedy for s in alone]
+        assert_alike(open_scorer(checkpoint, batch_tokens=batch_tokens), mixed)
+    monkeypatch.setattr("gptdist.evaluate.scorer.MAX_CACHE", 1)  # a context and a row at a time
+    assert len(scorer.plan([scorer._node(i, r) for i, r in enumerate(mixed)], scorer.limits(False))[1]) == 3
+    assert_alike(scorer, mixed)
 
 
 def test_every_strategy_gives_the_scores_of_one_process(two_processes, checkpoint, tasks, tmp_path):

@@ -8,9 +8,9 @@ import torch
 
 from gptdist.data.tokenizer import build_tokenizer
 from gptdist.errors import UserError
-from gptdist.generate import PAGE, Generator, Sampling
+from gptdist.generate import PAGE, SCRATCH, Generator, Sampling
 from gptdist.serve.engine import BusyError, Engine, Limits
-from gptdist.serve.pages import SCRATCH, PagePool
+from gptdist.serve.pages import SharedPool
 from tests.test_generate import generator
 
 CONTEXT = 96
@@ -296,8 +296,8 @@ def test_prompts_that_leave_no_room_are_named(alone):
         Limits(rows=0)
 
 
-def pool(alone, n_pages: int) -> PagePool:
-    return PagePool(alone.model.config, n_pages, device=torch.device("cpu"), dtype=torch.float32)
+def pool(alone, n_pages: int) -> SharedPool:
+    return SharedPool(alone.model.config, n_pages, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_idle_pages_are_given_away_oldest_and_last_first(alone):

@@ -2,17 +2,25 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
+from benchmarks.chaos import children
 from gptdist import sweep
 from gptdist.cli import main
 from gptdist.errors import EXIT_REQUEUE, UserError
 from gptdist.metrics import flops_per_token
 from gptdist.sweep import fit_curve, plan_size
+from tests.conftest import ROOT
+from tests.launching import wait_until
 from tests.training import TINY, tiny_config
 
 
@@ -74,13 +82,17 @@ def config_file(dataset, tmp_path):
     return str(path)
 
 
+def ended(code, stopped=False):
+    return SimpleNamespace(run=lambda: code, stopped=stopped)
+
+
 class Trained:
-    """In place of the processes that train: writes the loss that a curve has, or stops one size once."""
+    """In place of the processes that train (sweep.Child): writes the loss that a curve has, or stops one size once."""
 
     def __init__(self, stop: str = "", loss=lambda width: 2 + 8 / width):
         self.started, self.stop, self.loss = [], stop, loss
 
-    def __call__(self, command, **_):
+    def __call__(self, command, log):
         options = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
         run = sweep.Path(options["run.dir"])
         self.started.append(run.name)
@@ -90,12 +102,12 @@ class Trained:
             loss = self.loss(int(options["model.width"]))
             row = {"kind": "eval", "step": int(options["train.steps"]), "val_loss": loss}
             (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        return sweep.subprocess.CompletedProcess(command, code)
+        return ended(code)
 
 
 def test_a_sweep_predicts_the_next_size_and_goes_on_after_a_stop(config_file, tmp_path, monkeypatch, capsys):
     trained = Trained(stop="24x1")
-    monkeypatch.setattr(sweep.subprocess, "run", trained)
+    monkeypatch.setattr(sweep, "Child", trained)
     command = ["sweep", config_file, "--sizes", "24x1", "16x1", "32x2", "--next", "48x2", "--tokens-per-parameter", "1",
                "--output", str(tmp_path / "sweep")]
     assert main(command) == EXIT_REQUEUE
@@ -138,7 +150,7 @@ def test_bad_sweeps(arguments, message, config_file, tmp_path, capsys):
 
 
 def test_losses_that_do_not_fall_are_said_to(config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.subprocess, "run", Trained(loss=lambda width: {8: 4.0, 16: 3.0, 24: 3.5}[width]))
+    monkeypatch.setattr(sweep, "Child", Trained(loss=lambda width: {8: 4.0, 16: 3.0, 24: 3.5}[width]))
     _, record = sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
     sweep.print_sweep(Console(file=(out := io.StringIO()), soft_wrap=True), record)
     assert "24x1 has no lower loss than 16x1, which took less compute" in out.getvalue()
@@ -146,17 +158,17 @@ def test_losses_that_do_not_fall_are_said_to(config_file, tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_is_named(config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.subprocess, "run", Trained(loss=lambda width: None))
+    monkeypatch.setattr(sweep, "Child", Trained(loss=lambda width: None))
     with pytest.raises(UserError, match=r"8x1 ends with a validation loss that is not finite: lower optim\.lr"):
         sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
 
 
 def test_a_size_that_fails_is_named(config_file, tmp_path, monkeypatch):
-    def fail(command, stdout, **_):
-        stdout.write(b"gptdist train: no room\n")
-        return sweep.subprocess.CompletedProcess(command, 2)
+    def fail(command, log):
+        log.write_text("gptdist train: no room\n")
+        return ended(2)
 
-    monkeypatch.setattr(sweep.subprocess, "run", fail)
+    monkeypatch.setattr(sweep, "Child", fail)
     with pytest.raises(UserError, match=r"size 8x1 ended with exit code 2: gptdist train: no room \(see .*8x1\.log"):
         sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
 
@@ -167,8 +179,7 @@ def test_a_sweep_takes_mixtures_and_prepares_its_text(dataset, tmp_path, monkeyp
     common["model"] = common["model"] | {"n_kv_heads": 1}
     commands = []
     trained = Trained()
-    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **more: (commands.append(command),
-                                                                          trained(command, **more))[1])
+    monkeypatch.setattr(sweep, "Child", lambda command, log: (commands.append(command), trained(command, log))[1])
     text = {"path": str(tmp_path / "prepared"), "input": str(tmp_path / "text.txt"), "tokenizer": "bytes"}
     for name, data in (("a", text), ("b", {"mixture": [{"path": str(dataset), "weight": 1}]})):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(common | {"data": data}))
@@ -182,3 +193,41 @@ def test_a_sweep_takes_mixtures_and_prepares_its_text(dataset, tmp_path, monkeyp
         override = f"--data.mixture=[{{path: {dataset}, {more}}}]"
         with pytest.raises(UserError, match="but a sweep gives every size its own tokens"):
             sweep.run_sweep(str(tmp_path / "b.yaml"), [override], output=tmp_path / "c", sizes=["8x1"], tokens=1)
+
+
+CHILD = """\
+import pathlib, signal, sys, time
+path = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (path.with_name("saved").touch(), sys.exit(75)))
+path.touch()
+time.sleep(60)
+"""
+PARENT = """\
+import pathlib, sys
+from gptdist.faults.child import Child
+child = Child([sys.executable, "-c", sys.argv[1], sys.argv[2]], pathlib.Path(sys.argv[2]).with_name("log"))
+print(child.run(), child.stopped)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_is_stopped_with_the_sweep_that_started_it(number, tmp_path):
+    """A child in place of the run: it gets SIGTERM, has the time to save, and its parent has waited for it."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "up")], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    wait_until((tmp_path / "up").exists, "the child is up", timeout_s=60, logs=[tmp_path / "log"])
+    (child,) = children(parent.pid)
+    parent.send_signal(number)
+    out, _ = parent.communicate(timeout=30)
+    if number == signal.SIGKILL:  # whoever inherits the child takes its exit code
+        wait_until((tmp_path / "saved").exists, "the child was stopped", timeout_s=30)
+    else:
+        assert (out, parent.returncode) == ("75 True\n", 0)
+        assert (tmp_path / "saved").exists()
+        assert not os.path.exists(f"/proc/{child}")
+
+
+def test_a_sweep_that_is_stopped_asks_to_be_started_again(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "Child", lambda command, log: ended(-signal.SIGTERM, stopped=True))
+    code, record = sweep.run_sweep(config_file, [], output=tmp_path / "s", sizes=["8x1", "16x1", "24x1"], tokens=1000)
+    assert (code, record["runs"]) == (EXIT_REQUEUE, {})

@@ -395,7 +395,7 @@ class _Run:
         counts = "; ".join(
             f"{name}: {count.documents_in} -> {count.documents_out} documents"
             for name, count in self._cleaner.counts.items()
-        ) + (f"; {self._bad.count} bad records" if self._bad.count else "")
+        ) + (f"; {self._bad.count} bad records, the first: {self._bad.examples[0]}" if self._bad.count else "")
         if self._progress.documents == 0:
             raise UserError(f"no documents are left after cleaning ({counts}); check --input and --min-chars")
         for split, writer in self._writers.items():

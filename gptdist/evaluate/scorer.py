@@ -1,30 +1,30 @@
 """Log-likelihoods and greedy continuations from a model under any strategy: what all evaluation tasks are made of.
 
-Requests are sorted by length and cut into batches of about `batch_tokens` positions; batch i is rank i mod W's. The
-results stand in the requests' order on every rank. A batch's shape changes a score by rounding alone.
-
-A context that several requests have, such as a question with its choices, is computed once for them, in whole pages of
-the key/value cache; each of them goes on from its pages, as rows of generate.py do.
+Requests are divided over the ranks and cut into batches (batches.py); what several begin with, such as a question with
+its choices, is computed once for them, and the head where a target is. The results stand in the requests' order on
+every rank. A batch's shape changes a score by rounding alone.
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptdist import ops
 from gptdist.checkpoint import layout
 from gptdist.checkpoint.ranks import Ranks
 from gptdist.checkpoint.restore import load_weights, read_config, refuse_classifier
 from gptdist.config import Config, LoRAConfig, OptimConfig, ParallelConfig
-from gptdist.data.examples import WIDTH_MULTIPLE
 from gptdist.data.loader import IGNORED
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import UserError
-from gptdist.generate import PAGE, Generator, PagedCache, Sampling
+from gptdist.evaluate.batches import Limits, Node, divide, share_beginnings, share_contexts
+from gptdist.generate import PAGE, Generator, PagePool, Sampling, pages_for
 from gptdist.model import build_meta
 from gptdist.optim.adamw import build_adamw
 from gptdist.parallel.host import set_up_process
@@ -32,9 +32,9 @@ from gptdist.parallel.strategies import Strategy, make_strategy
 from gptdist.parallel.world import World, env_world_size, init_world
 
 BATCH_TOKENS = 8192
+PACKED_CONTEXTS = 16  # of the model, in a packed row: the reference's attention looks at all of it
 MAX_LOGITS = 1 << 26  # values of the logits of one batch: 256 MB in fp32
-MAX_CACHE = 1 << 26  # of the keys and values of one batch, likewise
-LEAST_SAVED = 0.2  # share of the positions of a context's requests for which it is computed apart from them
+MAX_CACHE = 1 << 27  # of the keys and values of one batch's rows, and of what rows go on from
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,6 @@ class Request:
 
     context: Sequence[int]
     continuation: Sequence[int]  # at least one token, at most the model's context
-
-
-@dataclass
-class Row:
-    """A request as the model reads it. The first `shared` tokens, whole pages, are computed once for several rows."""
-
-    tokens: list[int]  # the context's length at most, and one target more
-    n: int  # how many of the last ones are the continuation
-    shared: int = 0
-
-    @property
-    def context(self) -> tuple[int, ...]:
-        return tuple(self.tokens[:-self.n])
-
-    @property
-    def positions(self) -> int:
-        """What is computed of this row alone."""
-        return len(self.tokens) - 1 - self.shared
 
 
 @dataclass(frozen=True)
@@ -95,22 +77,19 @@ class Scorer:
 
     def score(self, requests: Sequence[Request], *, greedy: bool = False) -> list[Score]:
         """The score of each request, the same on all ranks; a collective call."""
-        rows = [self._row(request) for request in requests]
-        share_contexts(rows)
-        results = torch.zeros(len(rows), 2, dtype=torch.float64)
-        rank, size = self.world.dp_rank, self.world.dp_size
+        limits = self.limits(greedy)
+        packed, chunks = self.plan([self._node(i, request) for i, request in enumerate(requests)], limits)
+        # For each request: the log-likelihood, and the number of tokens that are not the likeliest in their place.
+        results = torch.zeros(2, len(requests), dtype=torch.float64)
         with self.strategy.evaluating():
-            for shared in (False, True):  # apart: ranks run the model equally often
-                batches = list(self._batches(rows, shared, greedy))
-                for first in range(0, len(batches), size):
-                    mine = first + rank < len(batches)
-                    batch = batches[first + rank if mine else first]  # a rank without one takes part all the same
-                    values = self._score_batch([rows[i] for i in batch], greedy)
-                    if mine:
-                        results[batch] = values
-        logprobs, matches = self.world.sum(results).T.tolist()
-        return [Score(logprob, bool(match) if greedy else None)
-                for logprob, match in zip(logprobs, matches, strict=True)]
+            for batch in packed:
+                self._score(_packed(batch), greedy, results)
+            for batches in chunks:
+                self._score_chunk(batches, limits, greedy, results)
+            self._keep_pace(len(packed) + sum(map(len, chunks)))
+        logprobs, misses = self.world.sum(results).tolist()
+        return [Score(logprob, miss == 0 if greedy else None)
+                for logprob, miss in zip(logprobs, misses, strict=True)]
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
                           stop: Sequence[str] = ()) -> list[str]:
@@ -129,91 +108,114 @@ class Scorer:
         texts = {i: completion.text for i, completion in zip(order, done, strict=True)}
         return [texts[i] for i in range(len(prompts))]
 
-    def _row(self, request: Request) -> Row:
+    def limits(self, greedy: bool) -> Limits:
+        model = self.model
+        page = 2 * model.n_layers * model.kv_heads * model.head_dim * PAGE  # keys and values
+        return Limits(positions=self.batch_tokens, packed=min(self.batch_tokens, PACKED_CONTEXTS * model.context),
+                      targets=MAX_LOGITS // model.vocab_size if greedy else self.batch_tokens,
+                      pages=MAX_CACHE // page, context=model.context)
+
+    def plan(self, nodes: Sequence[Node], limits: Limits) -> tuple[list[list[Node]], list[list[list[Node]]]]:
+        """(packed batches, batches of each chunk) of this rank's share of the requests."""
+        share_contexts(nodes)
+        own = divide(nodes, self.world.dp_size)[self.world.dp_rank]
+        share_beginnings(own)
+        return (list(limits.packed_batches([node for node in own if node.parent is None])),
+                [list(limits.levels(chunk)) for chunk in limits.chunks([node for node in own if node.parent])])
+
+    def _node(self, number: int, request: Request) -> Node:
         context, n = list(request.context) or [self.tokenizer.eot], len(request.continuation)
         assert 0 < n <= self.model.context, f"a continuation of {n} tokens, the context has {self.model.context}"
-        return Row([*context, *request.continuation][-(self.model.context + 1):], n)
+        tokens = [*context, *request.continuation][-(self.model.context + 1):]
+        return Node(tokens[:-1], tokens[-n:], number)
 
-    def _batches(self, rows: Sequence[Row], shared: bool, greedy: bool) -> Iterator[list[int]]:
-        """Numbers of the rows of each batch, the longest first, those of one context beside each other; of the rows
-        that share their context's beginning, or of the others."""
-        numbers = [i for i, row in enumerate(rows) if bool(row.shared) == shared]
-        batch, width, longest = [], 0, 0  # of the batch: most positions, longest continuation
-        for i in sorted(numbers, key=lambda i: (-rows[i].shared, rows[i].context if shared else (),
-                                                -rows[i].positions, i)):
-            row = rows[i]
-            width, longest = max(width, row.positions), max(longest, row.n)
-            if batch and not self._fits(len(batch) + 1, width, rows[batch[0]].shared, longest if greedy else 0):
-                yield batch
-                batch, width, longest = [], row.positions, row.n
-            batch.append(i)
-        if batch:
-            yield batch
+    def _score_chunk(self, batches: Sequence[list[Node]], limits: Limits, greedy: bool, results: Tensor) -> None:
+        """Compute the nodes of a chunk over a cache that lasts as long as it."""
+        pool = PagePool(self.model, limits.pages_of(batches), device=self.world.device, dtype=self.dtype)
+        for batch in batches:
+            width = batch[0].positions
+            starts = [limits.begin(node, width) for node in batch]
+            _find_pages(batch, starts, pool)
+            pool.select([(node.pages, start) for node, start in zip(batch, starts, strict=True)], width)
+            pool.reserve(width)
+            self._score(_padded(batch, starts, width), greedy, results, cache=pool)
+            for node, start in zip(batch, starts, strict=True):
+                if node.targets:  # nothing goes on from it
+                    pool.give_back(node.pages[start // PAGE:])
 
-    def _fits(self, n_rows: int, width: int, shared: int, longest: int) -> bool:
-        """Whether rows of such a width, beside `shared` positions, and with so many logits each make one batch."""
-        model, padded = self.model, self._width(width, shared)
-        cached = 2 * model.n_layers * model.kv_heads * model.head_dim * (shared + padded) if shared else 0
-        return (n_rows * padded <= self.batch_tokens and n_rows * longest * model.vocab_size <= MAX_LOGITS
-                and n_rows * cached <= MAX_CACHE
-                and shared + width <= model.context)  # the padding of the row that shares most ends there
+    def _score(self, batch: "_Batch", greedy: bool, results: Tensor, cache: PagePool | None = None) -> None:
+        """Add what a batch's targets say of their requests to `results` (2, requests)."""
+        tokens, at, targets = (x.to(self.world.device) for x in (batch.tokens, batch.at, batch.targets))
+        options = {"cache": cache}
+        if batch.doc_start is not None:
+            options = {"doc_start": batch.doc_start.to(self.world.device), "restart_positions": True}
+        if greedy:
+            logits = self.strategy(tokens, at=at, **options)  # (B, K, V)
+            losses = ops.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            missed = (logits.argmax(-1) != targets) & (targets != IGNORED)
+            results[1].index_add_(0, batch.requests.flatten(), missed.flatten().double().cpu())
+        else:
+            losses = self.strategy(tokens, targets, at=at, **options)  # (B, K)
+        results[0].index_add_(0, batch.requests.flatten(), losses.flatten().double().cpu(), alpha=-1)
 
-    def _width(self, width: int, shared: int) -> int:
-        return min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.model.context - shared)
-
-    def _score_batch(self, rows: Sequence[Row], greedy: bool) -> Tensor:
-        """(rows, 2) fp64 on the CPU: log-likelihood, and 1 where all tokens are the likeliest ones (if asked for)."""
-        width = self._width(max(row.positions for row in rows), rows[0].shared)
-        inputs = torch.zeros(len(rows), width, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORED)
-        for i, row in enumerate(rows):
-            inputs[i, :row.positions] = torch.tensor(row.tokens[row.shared:-1])
-            targets[i, row.positions - row.n:row.positions] = torch.tensor(row.tokens[-row.n:])
-        device = self.world.device
-        cache = self._cache(rows, width) if rows[0].shared else None
-        if not greedy:
-            losses = self.strategy(inputs.to(device), targets.to(device), cache=cache)
-            return torch.stack([-losses.double().sum(1).cpu(), torch.zeros(len(rows), dtype=torch.float64)], 1)
-        offsets = torch.arange(max(row.n for row in rows))  # (K,)
-        first = torch.tensor([row.positions - row.n for row in rows])[:, None]
-        real = offsets < torch.tensor([row.n for row in rows])[:, None]  # (B, K)
-        at = torch.where(real, first + offsets, 0)
-        wanted = targets.gather(1, at).clamp(min=0).to(device)
-        logits = self.strategy(inputs.to(device), at=at.to(device), cache=cache)  # (B, K, V)
-        chosen = logits.gather(-1, wanted[..., None]).squeeze(-1).double() - logits.double().logsumexp(-1)
-        matches = (logits.argmax(-1) == wanted).cpu() | ~real
-        return torch.stack([(chosen.cpu() * real).sum(1), matches.all(1).double()], 1)
-
-    def _cache(self, rows: Sequence[Row], width: int) -> PagedCache:
-        """A cache whose rows hold what these rows share, with room for `width` tokens after it."""
-        numbers: dict[tuple[int, ...], int] = {}
-        parents = [numbers.setdefault(tuple(row.tokens[:row.shared]), len(numbers)) for row in rows]
-        counts = torch.tensor([len(tokens) for tokens in numbers])
-        inputs = torch.zeros(len(numbers), rows[0].shared, dtype=torch.int64)
-        for i, tokens in enumerate(numbers):
-            inputs[i, :len(tokens)] = torch.tensor(tokens)
-        device = self.world.device
-        cache = PagedCache(self.model, len(rows), rows[0].shared + width, device=device, dtype=self.dtype)
-        cache.keep(list(range(len(numbers))))
-        cache.reserve(inputs.shape[1])
-        self.strategy(inputs.to(device), cache=cache, at=torch.zeros_like(counts).to(device))
-        cache.advance(counts.to(device))
-        cache.fork(parents)
-        cache.reserve(width)
-        return cache
+    def _keep_pace(self, calls: int) -> None:
+        """Run the model as often as the rank with the most batches did: it may take all of them to gather weights."""
+        of_ranks = torch.zeros(self.world.dp_size, dtype=torch.int64)
+        of_ranks[self.world.dp_rank] = calls
+        none = torch.zeros(1, 1, dtype=torch.int64, device=self.world.device)
+        for _ in range(int(self.world.sum(of_ranks).max()) - calls):
+            self.strategy(none, at=none)
 
 
-def share_contexts(rows: Sequence[Row]) -> None:
-    """Set `shared` of the rows whose context several have, where that saves LEAST_SAVED of their positions."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row.context].append(row)
-    for context, group in groups.items():
-        pages = (len(context) - 1) // PAGE * PAGE  # the last token says what follows: each row has its own
-        saved = pages * (len(group) - 1)
-        if 0 < saved >= LEAST_SAVED * sum(row.positions for row in group):
-            for row in group:
-                row.shared = pages
+class _Batch(NamedTuple):
+    """Inputs of one forward pass: B rows of T tokens, K places of targets in each."""
+
+    tokens: Tensor  # (B, T) int64
+    at: Tensor  # (B, K) int64: positions after which the targets stand
+    targets: Tensor  # (B, K) int64, IGNORED where there is none
+    requests: Tensor  # (B, K) int64: whose they are
+    doc_start: Tensor | None = None  # (B, T) int32
+
+
+def _packed(batch: Sequence[Node]) -> _Batch:
+    """Requests behind each other in one row, each a document of its own."""
+    ends = list(itertools.accumulate(len(node.text) for node in batch))
+    at = [range(end - len(node.targets), end) for node, end in zip(batch, ends, strict=True)]
+    requests = [[node.request] * len(node.targets) for node in batch]
+    doc_start = [[end - len(node.text)] * len(node.text) for node, end in zip(batch, ends, strict=True)]
+    chain = itertools.chain.from_iterable
+    tokens, at, targets, requests = (torch.tensor([*chain(values)])[None] for values in (
+        (node.text for node in batch), at, (node.targets for node in batch), requests))
+    return _Batch(tokens, at, targets, requests, torch.tensor([*chain(doc_start)], dtype=torch.int32)[None])
+
+
+def _padded(batch: Sequence[Node], starts: Sequence[int], width: int) -> _Batch:
+    """A row for each node: its tokens from `starts` on."""
+    places = (len(batch), max(1, *(len(node.targets) for node in batch)))  # (B, K)
+    tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+    at, targets = torch.zeros(places, dtype=torch.int64), torch.full(places, IGNORED)
+    for i, (node, start) in enumerate(zip(batch, starts, strict=True)):
+        end, n = len(node.text) - start, len(node.targets)
+        tokens[i, :end] = torch.tensor(node.text[start:])
+        if n:
+            at[i, :n], targets[i, :n] = torch.arange(end - n, end), torch.tensor(node.targets)
+    return _Batch(tokens, at, targets, torch.tensor([[node.request] for node in batch]).expand(places))
+
+
+def _find_pages(batch: Sequence[Node], starts: Sequence[int], pool: PagePool) -> None:
+    """Give the nodes pages: those that their parents have filled up to `starts`, a copy of one that is filled in part,
+    and new ones."""
+    sources, copies = [], []
+    for node, start in zip(batch, starts, strict=True):
+        above = node.parent.pages if node.parent else []
+        full = start // PAGE
+        own = pool.take(pages_for(len(node.text)) - full)
+        node.pages = above[:full] + own
+        if start % PAGE:
+            sources.append(above[full])
+            copies.append(own[0])
+    if sources:
+        pool.copy(sources, copies)
 
 
 def open_scorer(checkpoint: Path, *, strategy: str = "auto", device: str = "cpu", precision: str = "fp32",

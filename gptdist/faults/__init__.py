@@ -1,6 +1,7 @@
 """What can go wrong while a run is up, and how it ends: stop signals, the exit record that launchers read, the lock.
 
 heartbeat.py: where each rank is. watchdog.py: a run that stands still. bad_steps.py: steps that are not to be taken.
+child.py: a process that ends with this one.
 """
 
 import contextlib

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gptdist.data.tokenizer import StreamDecoder, Tokenizer
 from gptdist.errors import UserError
-from gptdist.generate import Generator, Row, Sampling
+from gptdist.generate import Generator, Row, Sampling, pages_for
 from gptdist.model import LanguageModel
-from gptdist.serve.pages import PagePool, pages_for
+from gptdist.serve.pages import SharedPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Engine(Generator):
         if n_pages < pages_for(self.context):
             raise UserError(f"a cache of {limits.cache_tokens} tokens is too small for one text: the model's context "
                             f"is {self.context}")
-        self.pool = PagePool(model.config, n_pages, device=self.device, dtype=self.dtype)
+        self.pool = SharedPool(model.config, n_pages, device=self.device, dtype=self.dtype)
         self.rows: list[BatchRow] = []
         self.waiting: deque[BatchRow] = deque()
         self.steps = self.failures = 0

@@ -12,27 +12,18 @@ from collections.abc import Sequence
 import torch
 
 from gptdist.config import ModelConfig
-from gptdist.generate import PAGE, PagedCache
-
-SCRATCH = 0  # the page where padding goes; no row owns it
+from gptdist.generate import PAGE, PagePool, pages_for
 
 
-def pages_for(n_tokens: int) -> int:
-    return -(-n_tokens // PAGE)
-
-
-class PagePool(PagedCache):
-    """A PagedCache of `n_pages` pages, whose rows are those that `select` names before each forward."""
+class SharedPool(PagePool):
+    """A pool that remembers what its pages hold."""
 
     def __init__(self, config: ModelConfig, n_pages: int, *, device: torch.device, dtype: torch.dtype):
-        super().__init__(config, n_pages + 1, PAGE, device=device, dtype=dtype)  # n + 1 pages, the scratch page too
-        self.n_pages = n_pages
-        self._free.remove(SCRATCH)
+        super().__init__(config, n_pages, device=device, dtype=dtype)
         self._users = [0] * (n_pages + 1)
         self._page_of: dict[bytes, int] = {}  # digest of a prefix that fills its pages -> the last of these
         self._digest_of: dict[int, bytes] = {}
         self._idle: dict[int, None] = {}  # pages in _digest_of without users, the longest unused first
-        self._pages = []
 
     @property
     def available(self) -> int:
@@ -69,14 +60,6 @@ class PagePool(PagedCache):
                     self._idle[page] = None
                 else:
                     self._free.append(page)
-
-    def select(self, rows: Sequence[tuple[list[int], int]], new_tokens: int) -> None:
-        """The next forward is over rows of (pages, tokens written), each by `new_tokens`; padding may need more pages.
-        """
-        n = max(max(len(pages), pages_for(written + new_tokens)) for pages, written in rows)
-        self._pages = [pages + [SCRATCH] * (n - len(pages)) for pages, _ in rows]
-        self.block_table = torch.tensor(self._pages, dtype=torch.int32).to(self.k[0].device)
-        self.lengths = torch.tensor([written for _, written in rows]).to(self.k[0].device)
 
     def _find(self, tokens: Sequence[int]) -> list[int]:
         found = []
