@@ -198,12 +198,14 @@ def main() -> int:
         run_server(args.shapes[0], args.dtype)
         return 0
     found = {shape: run_shape(shape, args) for shape in args.shapes}
-    shapes = "; ".join(f"{name}: {', '.join(f'{key} {value}' for key, value in SHAPES[name].items())}" for name in found)
+    sizes = ("context", "width", "n_layers", "n_heads", "vocab_size")
+    shapes = "; ".join(f"{name} of {', '.join(f'{size} {SHAPES[name][size]}' for size in sizes)}" for name in found)
     publish([
         "# Serving", "",
-        f"{describe('benchmarks.serve')}; torch {torch.__version__}. Random weights in {args.dtype} ({shapes}); each of "
-        f"{CLIENTS} requests a prompt of its own and {args.tokens} tokens, streamed, one after another and then all at "
-        f"once, {args.rounds} times by turns; medians. The clients run on the same machine.", "", *report(found), ""],
+        f"{describe('benchmarks.serve')}; torch {torch.__version__}. Random weights in {args.dtype}: {shapes}. Each "
+        f"of {CLIENTS} requests has a prompt of its own and {args.tokens} tokens, streamed; one after another and then "
+        f"all at once, {args.rounds} times by turns; medians. The clients run on the same machine.",
+        "", *report(found), ""],
         args.output)
     return 0
 

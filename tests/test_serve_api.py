@@ -265,6 +265,11 @@ def test_a_reader_that_does_not_read_holds_up_nobody():
         wait_for(lambda: idle(server))
 
 
+def read_all(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        pass
+
+
 def test_a_reader_that_never_reads_is_cut_off():
     """It gives its place back while its socket is open; one that reads, for longer than that, gets everything."""
     ask = dict(prompt="x", max_tokens=90, temperature=1, seed=1, stream=True)
@@ -272,8 +277,7 @@ def test_a_reader_that_never_reads_is_cut_off():
         assert server.post("/v1/completions", **ask).text.endswith("data: [DONE]\n\n")  # 90 tokens, 0.02 s each
         wait_for(lambda: idle(server))
         with pytest.raises(ConnectionResetError):
-            while sleeps.recv(1 << 16):
-                pass
+            read_all(sleeps)
 
 
 def test_many_at_once_get_their_own(alone):

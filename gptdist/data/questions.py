@@ -1,10 +1,10 @@
 """The embedded instructions: questions about Python's standard library, answered by the library itself.
 
-"What does shutil.copyfile do?" is answered by the first sentence of its docstring. Two sets: `library`, about 4,600 real
-names asked about in 4 ways; `common`, the functions, classes and methods of the modules that programs use most, in 12,
-few enough for a small model to learn by heart. Names that hash low are held out, and so are some ways of asking: the
-held-out conversations ask about unknown names in known words, and about known names in unknown words, by turns. They
-need no download, and differ slightly between versions of Python.
+"What does shutil.copyfile do?" is answered by the first sentence of its docstring. There are two sets: `library`, about
+4,600 real names, asked about in 4 ways; `common`, the functions, classes and methods of the modules that programs use
+most, in 12 ways, few enough for a small model to learn by heart. Names that hash low are held out, and so are some ways
+of asking: the held-out conversations ask about unknown names in known words, and about known names in unknown words, by
+turns. They need no download, and differ slightly between versions of Python.
 """
 
 import hashlib
