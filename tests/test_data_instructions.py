@@ -271,10 +271,12 @@ def test_packing_places_every_item_once(lengths):
 def test_the_embedded_questions(kind, asked, held_out):
     """Held-out names are nowhere in training, held-out words neither; what they ask about, in other words, is."""
     questions = python_questions(kind)
-    train = {c.turns[0].text: c.answer for c in questions.train}
+    exchanges = [pair for c in questions.train for pair in zip(c.turns[::2], c.turns[1::2], strict=True)]
+    train = {question.text: answer.text for question, answer in exchanges}
     names = {text.removeprefix("Explain ").removesuffix(".") for text in train if text.startswith("Explain ")}
     assert set(train) == {words.format(name=name) for words in asked for name in names}
-    assert len(train) == len(questions.train)
+    assert len(train) == len(exchanges)
+    assert {len(c.turns) for c in questions.train} == ({2, 4} if kind == "common" else {2})
     assert min(len(questions.names), len(questions.phrasings)) > 20
     for c in questions.names:
         assert any(re.fullmatch(re.escape(words).replace(r"\{name\}", "(.+)"), c.turns[0].text) for words in asked)

@@ -10,8 +10,9 @@ turns. They need no download, and differ slightly between versions of Python.
 import hashlib
 import importlib
 import inspect
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,16 +29,18 @@ PROSE = re.compile(r"[A-Z][^:]*\.")  # a sentence: no example, table or list of 
 COMMON_MODULES = (
     "builtins", "math", "random", "statistics", "itertools", "functools", "operator", "collections", "heapq", "bisect",
     "copy", "string", "textwrap", "re", "json", "csv", "datetime", "time", "os.path", "os", "glob", "shutil", "pathlib")
+LIKE_BYTES = ("bytearray", "memoryview")  # their methods are those of bytes again
 ASKED_COMMON = (
     *ASKED, "How would you describe {name}?", "What is the purpose of {name}?", "{name}: what is it?",
     "In Python, what does {name} do?", "I came across {name}. What is it?", "Summarize {name}.",
     "Give me a short description of {name}.", "What happens when I use {name}?")
 COMMON_HELD_OUT = (ASKED_HELD_OUT, "I forgot what {name} does.", "Why would a program need {name}?")
+LONGEST = 180  # characters of a conversation of several questions: 128 tokens of the quickstart's hold it
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Conversations of one question and one answer, each list in a fixed order whose beginning is a sample."""
+    """Conversations, each list in a fixed order whose beginning is a sample. Held-out ones have one question."""
 
     train: list[Conversation]
     names: list[Conversation]  # held out: about names that are not in `train`, in its words
@@ -50,23 +53,38 @@ class Questions:
 
 
 def python_questions(kind: Literal["library", "common"] = "library") -> Questions:
-    if kind == "common":
-        return _questions(common_names(), ASKED_COMMON, COMMON_HELD_OUT, share_in_other_words=1)
-    return _questions(documented_names(), ASKED, (ASKED_HELD_OUT,), share_in_other_words=2 * HELD_OUT_SHARE)
+    """The set of this kind. In half of the ways to ask, short conversations of `common` have two questions, about two
+    names: in a chat the second one comes after the first answer."""
+    common = kind == "common"
+    asked, held_out = (ASKED_COMMON, COMMON_HELD_OUT) if common else (ASKED, (ASKED_HELD_OUT,))
+    pairs = sorted(common_names() if common else documented_names(), key=lambda pair: name_hash(pair[0]))
+    known = [pair for pair in pairs if not is_held_out(pair[0])]
+    by_words = [_conversations(known, words, number % 2 + 1 if common else 1, shift=number // 2)
+                for number, words in enumerate(asked)]
+    return Questions(
+        [c for row in itertools.zip_longest(*by_words) for c in row if c is not None],
+        [c for name, answer in pairs if is_held_out(name)
+         for c in _conversations([(name, answer)], _one_of(asked, name))],
+        [c for name, answer in known if common or name_hash(name) / 2**64 < 2 * HELD_OUT_SHARE
+         for c in _conversations([(name, answer)], _one_of(held_out, name))])
 
 
-def _questions(pairs: Iterable[tuple[str, str]], asked: Sequence[str], asked_held_out: Sequence[str],
-               share_in_other_words: float) -> Questions:
-    train, unknown_names, unknown_words = [], [], []
-    for name, answer in sorted(pairs, key=lambda pair: name_hash(pair[0])):
-        chosen = name_hash(name)
-        if is_held_out(name):
-            unknown_names.append(_conversation(asked[chosen % len(asked)], name, answer))
-            continue
-        train += [_conversation(words, name, answer) for words in asked]
-        if chosen / 2**64 < share_in_other_words:
-            unknown_words.append(_conversation(asked_held_out[chosen % len(asked_held_out)], name, answer))
-    return Questions(train, unknown_names, unknown_words)
+def _conversations(pairs: Sequence[tuple[str, str]], words: str, length: int = 1, shift: int = 0) -> list[Conversation]:
+    """Questions in these words about all names, up to `length` to a conversation, from the name number `shift` on."""
+    shift %= len(pairs)
+    conversations: list[tuple[Turn, ...]] = []
+    for name, answer in (*pairs[shift:], *pairs[:shift]):
+        turns = Turn(USER, words.format(name=name)), Turn(ASSISTANT, answer)
+        before = conversations[-1] if conversations else ()
+        if 0 < len(before) < 2 * length and sum(len(turn.text) for turn in before + turns) <= LONGEST:
+            conversations[-1] = before + turns
+        else:
+            conversations.append(turns)
+    return [Conversation(turns) for turns in conversations]
+
+
+def _one_of(asked: Sequence[str], name: str) -> str:
+    return asked[name_hash(name) % len(asked)]
 
 
 def documented_names() -> Iterator[tuple[str, str]]:
@@ -85,7 +103,8 @@ def common_names() -> Iterator[tuple[str, str]]:
         module = importlib.import_module(module_name)
         prefix = "" if module_name == "builtins" else f"{module_name}."
         for name in sorted(getattr(module, "__all__", None) or vars(module)):
-            yield from _documented(f"{prefix}{name}", getattr(module, name))
+            if name not in LIKE_BYTES:
+                yield from _documented(f"{prefix}{name}", getattr(module, name))
 
 
 def _documented(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -127,10 +146,6 @@ def first_sentence(text: str) -> str:
 
 def _sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s", " ".join(paragraph.split()))
-
-
-def _conversation(asked: str, name: str, answer: str) -> Conversation:
-    return Conversation((Turn(USER, asked.format(name=name)), Turn(ASSISTANT, answer)))
 
 
 def is_held_out(text: str) -> bool:
