@@ -1,11 +1,11 @@
 """gptdist serve under load: 16 clients against one after another, time to the first token, memory, hundreds at once.
 
-    python -m benchmarks.serve                      the quickstart's shape
-    python -m benchmarks.serve --shape gpt2 --dtype bf16
+    python -m benchmarks.serve [--shapes quickstart medium] [--dtype fp32] [--tokens N] [--rounds N] [--crowd N]
+                               [--output FILE.md]
 
 The server is a process of its own with random weights, asked over HTTP by this one. One after another and together
-take turns, --rounds times; medians. cpu_speed_up is the ratio by the server's own CPU time, which other programs on the
-machine change less.
+take turns, --rounds times; medians. The ratio by the server's own CPU time is what other programs on the machine
+change less.
 """
 
 import argparse
@@ -17,9 +17,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import torch
+
+from benchmarks.tokenize import describe
+from benchmarks.train_cpu import publish
 
 SHAPES = {
     "quickstart": dict(context=128, width=128, n_layers=4, n_heads=4, vocab_size=512),
@@ -140,28 +144,70 @@ async def measure(address: str, pid: int, n_tokens: int, rounds: int, crowd: int
             "peak_mib": memory, "peak_mib_after_crowd": peak_mib(pid)}
 
 
+def run_shape(shape: str, args: argparse.Namespace) -> dict:
+    """What is measured of a server of this shape."""
+    command = [sys.executable, "-m", "benchmarks.serve", "--server", "--shapes", shape, "--dtype", args.dtype]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = server.stdout.readline()
+            if " at " not in said:
+                raise SystemExit(f"serve: the server of shape {shape} did not start: {said or 'see its error above'}")
+            address = said.split(" at ")[1].split(";")[0]
+            found = asyncio.run(measure(address, server.pid, args.tokens, args.rounds, args.crowd))
+        finally:
+            server.terminate()
+    if server.returncode:
+        raise SystemExit(f"serve: the server of shape {shape} ended with exit code {server.returncode}")
+    print(f"{shape}: {json.dumps({name: round(value, 2) for name, value in found.items()})}", file=sys.stderr)
+    return found
+
+
+def report(found: dict[str, dict]) -> list[str]:
+    """The tables of what was measured, by shape."""
+    names = " | ".join(found)
+    lines = [f"| | {names} |", "|---|" + "---|" * len(found)]
+    for label, text in (
+        ("one after another, tokens/s", "{tokens_per_s_alone:.0f}"),
+        (f"{CLIENTS} at once, tokens/s", "{tokens_per_s_together:.0f}"),
+        ("faster together", "{speed_up:.1f}"),
+        ("the same by the server's CPU time", "{cpu_speed_up:.1f}"),
+        ("first token alone, ms", "{first_token_ms_alone:.1f}"),
+        (f"first token, {CLIENTS} at once, ms", "{first_token_ms_together:.1f}"),
+        ("peak memory, MiB", "{peak_mib:.0f}"),
+        ("requests of a crowd, all at once", "{crowd}"),
+        ("a crowd's tokens/s", "{crowd_tokens_per_s:.0f}"),
+        ("its latest first token, s", "{crowd_first_token_s_max:.1f}"),
+        ("peak memory after it, MiB", "{peak_mib_after_crowd:.0f}"),
+    ):
+        lines.append(f"| {label} | {' | '.join(text.format(**values) for values in found.values())} |")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart"], metavar="SHAPE",
+                        help=f"{', '.join(SHAPES)} (default: quickstart)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--crowd", type=int, default=300, help="requests at once in the load test")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--server", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.server:
-        run_server(args.shape, args.dtype)
+        run_server(args.shapes[0], args.dtype)
         return 0
-    command = [sys.executable, "-m", "benchmarks.serve", "--server", "--shape", args.shape, "--dtype", args.dtype]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            address = server.stdout.readline().split(" at ")[1].split(";")[0]
-            found = asyncio.run(measure(address, server.pid, args.tokens, args.rounds, args.crowd))
-        finally:
-            server.terminate()
-    print(json.dumps({"shape": args.shape, "dtype": args.dtype, "clients": CLIENTS, "tokens": args.tokens}
-                     | {name: round(value, 2) for name, value in found.items()}, indent=1))
-    return server.returncode
+    found = {shape: run_shape(shape, args) for shape in args.shapes}
+    sizes = ("context", "width", "n_layers", "n_heads", "vocab_size")
+    shapes = "; ".join(f"{name} of {', '.join(f'{size} {SHAPES[name][size]}' for size in sizes)}" for name in found)
+    publish([
+        "# Serving", "",
+        f"{describe('benchmarks.serve')}; torch {torch.__version__}. Random weights in {args.dtype}: {shapes}. Each "
+        f"of {CLIENTS} requests has a prompt of its own and {args.tokens} tokens, streamed; one after another and then "
+        f"all at once, {args.rounds} times by turns; medians. The clients run on the same machine.",
+        "", *report(found), ""],
+        args.output)
+    return 0
 
 
 if __name__ == "__main__":

@@ -443,6 +443,8 @@ def _add_serve(commands) -> None:
                                                                "back later (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one answer may take (default: "
                                                                      "%(default)s)")
+    parser.add_argument("--send-timeout", type=float, default=60.0, help="seconds after which a client that reads "
+                                                                         "nothing is cut off (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
@@ -566,7 +568,7 @@ def run_serve(args: argparse.Namespace) -> int:
     serve(_checkpoint(args), ServeOptions(
         host=args.host, port=args.port, name=args.name, template=args.template, device=_device(args.device),
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], verify=args.verify,
-        open_page=args.open_page, api_key_file=args.api_key_file, limits=limits))
+        open_page=args.open_page, api_key_file=args.api_key_file, send_timeout_s=args.send_timeout, limits=limits))
     return EXIT_DONE
 
 

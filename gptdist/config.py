@@ -501,6 +501,9 @@ class ClassifyConfig:
 class InstructConfig:
     """task.name=instruct: answers to instructions."""
 
+    questions: Literal["library", "common"] = _option(
+        "library", "without task.train_data, what the questions are about: library: everything in Python's library; "
+                   "common: its most used names, asked in more ways")
     format: Literal["auto", "alpaca", "messages", "sharegpt"] = _option("auto", "layout of the records; auto: by keys")
     template: str = _option("alpaca", "how a conversation is written: alpaca, phi3, chatml, a YAML file (see "
                                       "gptdist/data/templates.py), or a text with {prompt} and {answer}")
@@ -581,6 +584,9 @@ class Config:
         _require(not (self.is_finetuning and self.data.input),
                  f"data.input={self.data.input} is for pretraining, but task.name={self.task.name}: use "
                  f"task.train_data")
+        _require(self.instruct.questions == "library" or not self.task.train_data,
+                 f"instruct.questions={self.instruct.questions} is about examples that come with Python, but "
+                 f"task.train_data={self.task.train_data} is given: leave one of them out")
         _require(self.train.epochs > 0 or self.schedule.warmup_steps <= self.train.steps,
                  f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}")
         _require(self.lora.rank == 0 or self.lora.save == "all" or self.checkpoint.init_from is not None,

@@ -37,7 +37,7 @@ if [ ! -f "$DATA/report.json" ]; then
   gptdist prepare --input embedded --output "$DATA" --tokenizer bpe:512
 fi
 run_job train configs/quickstart.yaml "$BASE"
-run_job finetune configs/instruct.yaml "$RUN" --checkpoint.init_from="$BASE" --train.steps=800 --eval.every=400
+run_job finetune configs/assistant.yaml "$RUN"
 
 printf '\n---- questions in other words, and about other names, than those it was trained on ----\n'
 python -m benchmarks.assistant "$BASE" "$RUN"

@@ -58,9 +58,11 @@ class Running:
 
 @contextmanager
 def running(served: Served, *, limits: Limits | None = None, rules: Rules | None = None,
-            slow_s: float = 0.0, port: int = 0) -> Iterator[Running]:
+            slow_s: float = 0.0, port: int = 0, send_timeout_s: float = 60.0) -> Iterator[Running]:
     """slow_s: what each step of the engine takes besides."""
     import uvicorn
+
+    from gptdist.serve.command import listen
 
     api = Api(served, limits or Limits(), rules or Rules())
     if slow_s:
@@ -71,12 +73,13 @@ def running(served: Served, *, limits: Limits | None = None, rules: Rules | None
             time.sleep(slow_s)
 
         api.engine.step = slow_step
-    server = uvicorn.Server(uvicorn.Config(api.app, port=port, log_level="warning", timeout_graceful_shutdown=10))
-    thread = threading.Thread(target=server.run)
+    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", timeout_graceful_shutdown=10))
+    listener = listen("127.0.0.1", port, send_timeout_s)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         wait_for(lambda: server.started)
-        found = Running(api, server, server.servers[0].sockets[0].getsockname()[1])
+        found = Running(api, server, listener.getsockname()[1])
         yield found
         found.client.close()
     finally:

@@ -1,6 +1,7 @@
 """Conversation files, and conversations as training rows."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from gptdist.data.answers import Answered, cut, encode_conversations, pack, packed_row, row_of
 from gptdist.data.examples import eval_batches
 from gptdist.data.instructions import ASSISTANT, USER, Conversation, Turn, read_conversations
-from gptdist.data.questions import ASKED, ASKED_HELD_OUT, first_sentence, python_questions
+from gptdist.data.questions import (
+    ASKED,
+    ASKED_COMMON,
+    ASKED_HELD_OUT,
+    COMMON_HELD_OUT,
+    common_names,
+    documented_names,
+    first_sentence,
+    python_questions,
+)
 from gptdist.data.templates import TEMPLATES
 from gptdist.data.tokenizer import build_tokenizer, extend
 from gptdist.errors import UserError
@@ -256,20 +266,39 @@ def test_packing_places_every_item_once(lengths):
 # The embedded questions
 
 
-def test_the_embedded_questions():
-    train, val = python_questions()
-    assert len(train) > 10_000
-    assert len(val) > 200
-    names = {c.turns[0].text.split("What does ")[1].removesuffix(" do?") for c in train
-             if c.turns[0].text.startswith("What does ")}
-    known = {asked.format(name=name) for asked in ASKED for name in names}
-    before, after = ASKED_HELD_OUT.split("{name}")
-    for unknown_name, unknown_words in zip(val[::2], val[1::2], strict=True):
-        words = unknown_words.turns[0].text
-        assert words.startswith(before)
-        assert words.removeprefix(before).removesuffix(after) in names
-        assert unknown_name.turns[0].text not in known
-    assert not any(c.turns[0].text.startswith(before) for c in train)
+@pytest.mark.parametrize(("kind", "asked", "held_out"), [
+    ("library", ASKED, (ASKED_HELD_OUT,)), ("common", ASKED_COMMON, COMMON_HELD_OUT)])
+def test_the_embedded_questions(kind, asked, held_out):
+    """Held-out names are nowhere in training, held-out words neither; what they ask about, in other words, is."""
+    questions = python_questions(kind)
+    exchanges = [pair for c in questions.train for pair in zip(c.turns[::2], c.turns[1::2], strict=True)]
+    train = {question.text: answer.text for question, answer in exchanges}
+    names = {text.removeprefix("Explain ").removesuffix(".") for text in train if text.startswith("Explain ")}
+    assert set(train) == {words.format(name=name) for words in asked for name in names}
+    assert len(train) == len(exchanges)
+    assert {len(c.turns) for c in questions.train} == ({2, 4} if kind == "common" else {2})
+    assert min(len(questions.names), len(questions.phrasings)) > 20
+    for c in questions.names:
+        assert any(re.fullmatch(re.escape(words).replace(r"\{name\}", "(.+)"), c.turns[0].text) for words in asked)
+        assert c.turns[0].text not in train
+    for c in questions.phrasings:
+        [name] = {found[1] for words in held_out
+                  if (found := re.fullmatch(re.escape(words).replace(r"\{name\}", "(.+)"), c.turns[0].text))}
+        assert c.answer == train[f"Explain {name}."]
+    assert questions.held_out[:4] == [questions.names[0], questions.phrasings[0], questions.names[1],
+                                      questions.phrasings[1]]
+
+
+def test_common_names_are_called_as_in_a_program():
+    names = dict(common_names())
+    assert names["len"] == "Return the number of items in a container."
+    assert names["math.sqrt"] == "Return the square root of x."
+    assert names["str.lower"] == "Return a copy of the string converted to lowercase."
+    assert names["shutil.copyfile"].startswith("Copy data from src to dst")
+    assert "Create a new string object" in names["str"], "its docstring begins with signatures"
+    assert not [name for name in names if name.startswith(("builtins", "_")) or "._" in name]
+    assert len(documented := dict(documented_names())) > 3000
+    assert names["json.dumps"] == documented["json.dumps"]
 
 
 @pytest.mark.parametrize(("docstring", "sentence"), [

@@ -3,6 +3,7 @@
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -240,20 +241,43 @@ def test_a_client_that_goes_away_frees_its_row(stream):
         assert row.job.n_tokens < 60, "it did not go on to the end"
 
 
+@contextmanager
+def unread_stream(server: Running):
+    """The socket of a client that asks for a long stream and reads nothing of it."""
+    server.send_little_ahead()
+    body = json.dumps(dict(prompt="x", max_tokens=90, n=16, logprobs=20, stream=True, seed=1)).encode()
+    with socket.socket() as sleeps:
+        sleeps.settimeout(60)
+        sleeps.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sleeps.connect(("127.0.0.1", int(server.address.rpartition(":")[2])))
+        sleeps.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        wait_for(lambda: server.engine.rows)
+        yield sleeps
+
+
 def test_a_reader_that_does_not_read_holds_up_nobody():
     with running(tiny_served()) as server:
-        server.send_little_ahead()
-        body = json.dumps(dict(prompt="x", max_tokens=90, n=16, logprobs=20, stream=True, seed=1)).encode()
-        with socket.socket() as sleeps:
-            sleeps.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            sleeps.connect(("127.0.0.1", int(server.address.rpartition(":")[2])))
-            sleeps.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                           b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-            wait_for(lambda: server.engine.rows)
+        with unread_stream(server):
             assert server.post("/v1/completions", prompt="y", max_tokens=5).status_code == 200
             wait_for(lambda: not server.engine.rows)  # its row ends, whether it reads or not
             assert len(server.api._inboxes) == 1, "and it still could"
         wait_for(lambda: idle(server))
+
+
+def read_all(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        pass
+
+
+def test_a_reader_that_never_reads_is_cut_off():
+    """It gives its place back while its socket is open; one that reads, for longer than that, gets everything."""
+    ask = dict(prompt="x", max_tokens=90, temperature=1, seed=1, stream=True)
+    with running(tiny_served(), slow_s=0.02, send_timeout_s=0.5) as server, unread_stream(server) as sleeps:
+        assert server.post("/v1/completions", **ask).text.endswith("data: [DONE]\n\n")  # 90 tokens, 0.02 s each
+        wait_for(lambda: idle(server))
+        with pytest.raises(ConnectionResetError):
+            read_all(sleeps)
 
 
 def test_many_at_once_get_their_own(alone):

@@ -128,6 +128,7 @@ def test_other_options_are_named(base, classifier, tmp_path, capsys, monkeypatch
         for arguments, message in (
             ([str(base), "--port", port], f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose"),
             ([str(base), "--port", "70000"], "--port is 70000, expected 0 (a free one) to 65535"),
+            ([str(base), "--send-timeout", "0"], "--send-timeout is 0, expected more than 0 and at most 86400 seconds"),
             ([str(base), "--cache-tokens", "8", "--port", "0"], "a cache of 8 tokens is too small for one text"),
             ([str(base), "--queue", "0"], "the server's limit of queue is 0, expected more than 0"),
             ([str(base), "--template", "phi3", "--port", "0"], "the model's tokenizer has no <|system|>"),

@@ -57,7 +57,7 @@ def _text() -> Iterable[tuple]:
 
 
 def _qa() -> Iterable[tuple]:
-    return [(c.turns[0].text, (c.answer,)) for c in python_questions()[1][:GENERATED]]
+    return [(c.turns[0].text, (c.answer,)) for c in python_questions().held_out[:GENERATED]]
 
 
 def _classify() -> Iterable[tuple]:

@@ -1,5 +1,6 @@
 """Opens a checkpoint of any task and runs the server until it is told to stop; running answers are finished first."""
 
+import math
 import os
 import signal
 import socket
@@ -25,12 +26,15 @@ from gptdist.tasks.classify import Labeller
 
 KEY_VARIABLE = "GPTDIST_API_KEY"
 FINISH_S = 60  # what running answers get when the server is to stop
+SEND_TIMEOUT_S = 60.0
+LONGEST_TIMEOUT_S = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: a free one
+    send_timeout_s: float = SEND_TIMEOUT_S  # a client that reads nothing for so long is cut off
     name: str | None = None
     template: str | None = None
     device: str = "cpu"
@@ -45,7 +49,8 @@ def serve(checkpoint: Path, options: ServeOptions) -> None:
     """Serve a checkpoint until SIGINT or SIGTERM."""
     set_up_process(torch.device(options.device))
     api_key = read_api_key(options.api_key_file)
-    with listen(options.host, options.port) as listener:  # before the model: a taken port is said at once
+    # Before the model: a taken port is said at once.
+    with listen(options.host, options.port, options.send_timeout_s) as listener:
         api = Api(open_served(checkpoint, options), options.limits,
                   Rules(api_key=api_key, loopback_only=options.host in LOOPBACK))
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -79,14 +84,22 @@ def read_api_key(path: str | None) -> str | None:
     return key
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound. Raises UserError where that is not possible."""
+def listen(host: str, port: int, send_timeout_s: float = SEND_TIMEOUT_S) -> socket.socket:
+    """A socket that is bound. Raises UserError where that is not possible.
+
+    The kernel ends a connection whose client has taken nothing of what waits for it for send_timeout_s.
+    """
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}, expected 0 (a free one) to 65535")
+    if not 0 < send_timeout_s <= LONGEST_TIMEOUT_S:
+        raise UserError(f"--send-timeout is {send_timeout_s:g}, expected more than 0 and at most {LONGEST_TIMEOUT_S} "
+                        f"seconds")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Its connections inherit it. uvicorn bounds no write, and closes a connection only when all is sent.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * send_timeout_s))
         listener.bind(address)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port or --host"

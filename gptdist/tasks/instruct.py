@@ -37,7 +37,7 @@ CONSTANT_ANSWERS = 20  # the most frequent answers, tried as the answer to every
 class Instruct(FineTune):
     """Conversations in a template; the targets are their answers, with instruct.mask_prompt alone."""
 
-    fixed = (*FineTune.fixed, "instruct.template", "instruct.mask_prompt", "instruct.packing")
+    fixed = (*FineTune.fixed, "instruct.questions", "instruct.template", "instruct.mask_prompt", "instruct.packing")
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -229,7 +229,8 @@ def read_data(config: Config) -> tuple[list[Conversation], list[Conversation], l
         return found.items
 
     if not task.train_data:
-        train, val = python_questions()
+        questions = python_questions(config.instruct.questions)
+        train, val = questions.train, questions.held_out
     elif task.val_data:
         train, val = read(task.train_data), []
     else:
