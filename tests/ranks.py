@@ -15,8 +15,9 @@ import torch
 from tests.training import run_worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# DeepSpeed looks for GPUs as it is imported, and what has done that cannot fork processes that use one.
-CONTEXT.set_forkserver_preload(["tests.training", *([] if torch.cuda.is_available() else ["deepspeed"])])
+# Dynamo: the first optimizer imports it. DeepSpeed: it looks for GPUs, after which no fork could use one.
+IMPORTS = ["tests.training", "torch._dynamo", *([] if torch.cuda.is_available() else ["deepspeed"])]
+CONTEXT.set_forkserver_preload(IMPORTS)
 
 
 class Ranks:
