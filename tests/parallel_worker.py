@@ -18,7 +18,7 @@ MUON = ["--optim.name=muon", "--model.n_kv_heads=2"]
 # What one process computes, to be compared with. {masked}: a dataset most of whose targets count for nothing.
 REFERENCES = {
     "plain": [],
-    "dropout": ["--model.dropout=0.1", "--eval.prompt=The"],
+    "dropout": ["--model.dropout=0.1"],
     "untied": ["--model.tied=false", "--model.positions=rope", "--model.n_kv_heads=2",
                "--train.activation_checkpointing=full"],
     "masked": ["--data.path={masked}"],
@@ -39,10 +39,11 @@ class Case(NamedTuple):
 DDP, FSDP = ["--parallel.strategy=ddp"], ["--parallel.strategy=fsdp"]
 HSDP = ["--parallel.strategy=hsdp", "--parallel.replicas=2"]
 SHORT = ["--train.stop_at=10"]
+PROMPT = "--eval.prompt=The"
 # 3: uneven shards, and ranks that have nothing of an adapter's A; 4: shards and replicas.
 CASES = {
     "ddp": Case("dropout", DDP, (1, 2, 3, 4)),
-    "fsdp": Case("dropout", [*FSDP, "--checkpoint.every=9", "--checkpoint.keep_last=4"], (1, 2, 3, 4)),
+    "fsdp": Case("dropout", [*FSDP, PROMPT, "--checkpoint.every=9", "--checkpoint.keep_last=4"], (1, 2, 3, 4)),
     "fsdp-untied": Case("untied", [*FSDP, *SHORT], (3,), (1, 2, 4)),
     "ddp-masked": Case("masked", [*DDP, *SHORT], (3,), (2,)),
     "fsdp-masked": Case("masked", [*FSDP, *SHORT], (4,), (3,)),
@@ -83,7 +84,8 @@ def run_cases(data: Path, out: Path, world: int, long: bool) -> None:
     # Resume at the same world size, here bit for bit.
     for name in resumed_at(world, long):
         saved = out / f"{name}-{world}" / "checkpoints" / layout.step_name(RESUMED[name])
-        run_tiny(data, out / f"{name}-resumed-{world}", *case_options(name, out, world), f"--checkpoint.resume={saved}")
+        run_tiny(data, out / f"{name}-resumed-{world}", *case_options(name, out, world), f"--checkpoint.resume={saved}",
+                 "--eval.every=0", "--eval.prompt=")
 
 
 def main(data: Path, out: Path, chain_stop: int, chain_strategy: str) -> None:

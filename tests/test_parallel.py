@@ -14,6 +14,7 @@ from gptdist.metrics import read_rows
 from tests.parallel_worker import (
     CASES,
     CHAINS,
+    PROMPT,
     REFERENCES,
     RESUMED,
     SHORT,
@@ -36,7 +37,8 @@ def runs(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     make_masked_copy(dataset, out / "masked")
     for name in REFERENCES:
-        run_tiny(dataset, out / f"{name}-single", *reference_options(name, out), "--train.micro_batch=6",
+        prompt = [PROMPT] if name == CASES["fsdp"].reference else []
+        run_tiny(dataset, out / f"{name}-single", *reference_options(name, out), *prompt, "--train.micro_batch=6",
                  "--data.workers=0")
     for name, reference in CHAINS.items():
         run_tiny(dataset, out / name, *reference_options(reference, out), "--train.stop_at=7")
