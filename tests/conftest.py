@@ -14,8 +14,8 @@ from tests.ranks import Ranks, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that take longest begin first, so that no process of `pytest -n` is left alone with one at the end.
-FIRST = ("test_readme", "test_parallel", "test_zero", "test_tensor_parallel", "test_lora", "test_chaos", "test_classify",
-         "test_bad_steps", "test_cuda_mutants")
+FIRST = ("test_readme", "test_parallel", "test_zero", "test_tensor_parallel", "test_lora", "test_chaos",
+         "test_classify", "test_bad_steps", "test_cuda_mutants")
 # In processes that tests start, threads wait for each other asleep: with as many modules at a time as processors,
 # threads that spin took 27 s of processor time for a training of 12 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -52,7 +52,8 @@ def run_cases(data: Path, out: Path, runs: dict[int, dict[str, tuple[str, list[s
 
 
 def long_cases(data: Path, out: Path) -> None:
-    torch._dynamo.config.disable = False  # tests/ranks.py turns it off
+    os.environ.pop("TORCHDYNAMO_DISABLE")  # which tests/ranks.py sets
+    torch._dynamo.config.disable = False
     run_cases(data, out, LONG)
 
 
