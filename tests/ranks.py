@@ -29,6 +29,8 @@ class Ranks:
     def __init__(self, world: int, folder: Path, work: Callable[..., None], *arguments: object):
         folder.mkdir(parents=True)
         self.out, self.err = folder / "out.txt", folder / "err.txt"
+        for path in (self.out, self.err):
+            path.touch()
         where = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         start_server()
         self._processes = [
@@ -76,6 +78,6 @@ def start_server() -> None:
 
 def _rank(where: dict[str, object], out: Path, err: Path, work: Callable[..., None], arguments: tuple) -> None:
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update({name: str(value) for name, value in where.items()})
     run_worker(work, *arguments)
