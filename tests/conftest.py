@@ -1,9 +1,7 @@
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +9,16 @@ import pytest
 import torch
 
 from gptdist.parallel.host import use_onednn_for_fp32
-from tests import cuda_vm
+from tests import cuda_vm, workers
+from tests.ranks import Ranks, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that take longest begin first, so that no process of `pytest -n` is left alone with one at the end.
-FIRST = ("test_readme", "test_parallel", "test_lora", "test_zero", "test_tensor_parallel", "test_cuda_mutants")
+FIRST = ("test_readme", "test_parallel", "test_zero", "test_tensor_parallel", "test_lora", "test_chaos",
+         "test_classify", "test_bad_steps", "test_cuda_mutants")
+# In processes that tests start, threads wait for each other asleep: with as many modules at a time as processors,
+# threads that spin took 27 s of processor time for a training of 12 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}  # instruction sets of the C++ kernels
 
 
@@ -97,12 +100,6 @@ def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **en
                           input=stdin, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:
     """`torchrun --nproc-per-node WORLD ARGS` on this machine."""
     return subprocess.run(torchrun_command(world, *args), capture_output=True, text=True, cwd=ROOT, timeout=timeout_s,
@@ -115,9 +112,7 @@ def torchrun_command(world: int, *args: str) -> list[str]:
 
 def start_ranks(*args: str, world: int = 2) -> list[subprocess.Popen]:
     """`python ARGS` as each rank of a world of its own, without a launcher; stderr is piped."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [subprocess.Popen(
         [sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -126,42 +121,32 @@ def start_ranks(*args: str, world: int = 2) -> list[subprocess.Popen]:
 
 
 class Workers:
-    """Processes of one torchrun that several test modules use: to start them takes as long as a module's runs."""
+    """Ranks that several test modules use."""
 
     def __init__(self, world: int, folder: Path):
         self._world, self._folder, self._starts, self._jobs = world, folder, 0, 0
-        self._process: subprocess.Popen | None = None
+        self._ranks: Ranks | None = None
 
     def run(self, module: str, *arguments: Path, timeout_s: int = 600) -> str:
         """`module`.main(*arguments) in every process; what that printed. A failure ends the processes."""
-        if self._process is None or self._process.poll() is not None:
+        if self._ranks is None or self._ranks.ended():
             self._start()
-        begin = self._out.stat().st_size
+        begin = self._ranks.out.stat().st_size
         self._submit([module, *map(str, arguments)])
         done = [self._jobs_folder / f"{self._jobs - 1}.{rank}" for rank in range(self._world)]
-        deadline = time.monotonic() + timeout_s
-        while not all(path.exists() for path in done):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.terminate()
-                raise AssertionError(f"{module} failed or took {timeout_s} s: {self._err.read_text()[-6000:]}")
-            time.sleep(0.05)
-        return self._out.read_bytes()[begin:].decode()
+        self._ranks.wait(timeout_s, until=lambda: all(path.exists() for path in done))
+        return self._ranks.out.read_bytes()[begin:].decode()
 
     def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._ranks is not None and not self._ranks.ended():
             self._submit([])
-            assert self._process.wait(timeout=60) == 0, self._err.read_text()[-6000:]
+            self._ranks.wait(60)
 
     def _start(self) -> None:
         self._starts, self._jobs = self._starts + 1, 0
         self._jobs_folder = self._folder / f"start-{self._starts}"
-        self._jobs_folder.mkdir()
-        self._out, self._err = (self._jobs_folder / name for name in ("out.txt", "err.txt"))
-        # TORCHDYNAMO_DISABLE: DeepSpeed compiles its Muon at import, 2 s in every process.
-        with self._out.open("wb") as out, self._err.open("wb") as err:
-            self._process = subprocess.Popen(
-                torchrun_command(self._world, "tests/workers.py", str(self._jobs_folder), str(os.getpid())), cwd=ROOT,
-                stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
+        self._ranks = Ranks(self._world, self._jobs_folder, workers.main, self._jobs_folder,
+                            Path("/proc", str(os.getpid())))
 
     def _submit(self, job: list[str]) -> None:
         path = self._jobs_folder / f"{self._jobs}.json"
@@ -176,11 +161,3 @@ def two_processes(tmp_path_factory) -> Iterator[Workers]:
     workers = Workers(2, tmp_path_factory.mktemp("workers"))
     yield workers
     workers.stop()
-
-
-@pytest.fixture(scope="session")
-def fault_runs(dataset, two_processes, tmp_path_factory) -> Path:
-    """The directory with the runs of tests/faults_worker.py."""
-    out = tmp_path_factory.mktemp("faults")
-    two_processes.run("tests.faults_worker", dataset, out)
-    return out

@@ -1,5 +1,5 @@
-"""Run by conftest.Workers on two processes: bad steps, replicas that differ, a disk that is full for one rank, and the
-undisturbed run of the chaos test. Faults are put in from here: the package has no hooks for them."""
+"""A job of two processes (conftest.Workers): bad steps, replicas that differ, a disk that is full for one rank. Faults
+are put in from here: the package has no hooks for them."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import chaos
 from gptdist import config as config_module
 from gptdist.errors import ReplicaError
-from gptdist.parallel.host import set_up_process
 from gptdist.parallel.world import init_world
 from gptdist.trainer import Trainer
 from tests.test_checkpoint_ranks import disk_full
@@ -20,7 +18,6 @@ STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 RESUMED = ("fsdp", "zero3")
 REPLICAS = {"ddp": "optim.blocks.1.mlp.fc.weight.exp_avg", "hsdp": "model.blocks.0.ln_1.weight",
             "zero1": "model.wpe.weight"}
-KILLS = 4  # of the chaos test
 BAD_SAMPLE = 75  # of 11 in a step: step 7 has it, on rank 1 of two
 REWIND = ["--train.on_nonfinite=rewind", "--checkpoint.every=5", "--train.steps=12", "--eval.every=0",
           "--model.dropout=0.1", "--train.micro_batch=6"]
@@ -98,10 +95,6 @@ def disk_full_on_rank_1(data: Path, out: Path) -> None:
 
 
 def main(data: Path, out: Path) -> None:
-    config = config_module.load(str(chaos.write_config(data, out / "chaos", "fsdp", chaos.steps_of(KILLS))), [])
-    world = init_world(config.parallel)
-    set_up_process(world.device)
-    assert Trainer(config, world).run() == 0
     for strategy in STRATEGIES:
         run_poisoned(data, out / f"rewind-{strategy}", f"--parallel.strategy={strategy}", *REWIND)
     for strategy in RESUMED:

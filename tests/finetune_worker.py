@@ -1,20 +1,15 @@
-"""Every distributed case of classification at a world size: a job of conftest.Workers, or started by torchrun.
+"""Every distributed case of classification at a world size: a job of conftest.Workers, or of ranks of its own.
 
-Usage: torchrun --nproc-per-node W tests/finetune_worker.py DATA BASE OUT
-DATA: labelled texts, BASE: a pretrained run, OUT: where the runs go.
+data: labelled texts, base: a pretrained run, out: where the runs go.
 """
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from gptdist import config as config_module  # noqa: E402
-from gptdist.config import Config  # noqa: E402
-from gptdist.parallel.world import env_world_size, init_world  # noqa: E402
-from gptdist.trainer import Trainer  # noqa: E402
-from tests.training import run_worker, train_rows  # noqa: E402
+from gptdist import config as config_module
+from gptdist.config import Config
+from gptdist.parallel.world import env_world_size, init_world
+from gptdist.trainer import Trainer
+from tests.training import train_rows
 
 # 11 texts a step in micro-batches of 2: no world size but 1 divides it, so every share is uneven.
 CLASSIFY = {
@@ -76,7 +71,3 @@ def main(data: Path, base: Path, out: Path) -> None:
         run_classify(data, out / f"{name}-{world}", *overrides, *options(name, base))
     for stop, strategy in CHAIN[world]:
         run_classify(data, out / "chain", strategy, f"--train.stop_at={stop}")
-
-
-if __name__ == "__main__":
-    run_worker(main, *map(Path, sys.argv[1:]))

@@ -1,11 +1,7 @@
-"""Started by torchrun once per world size: every tensor-parallel case in one process group.
-
-Usage: torchrun --nproc-per-node W tests/tensor_worker.py DATA OUT [long]
-"""
+"""In every rank of a world of 2 and of 4 (tests/ranks.py): every tensor-parallel case in one process group."""
 
 import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +9,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from gptdist.errors import UserError  # noqa: E402
-from gptdist.model import build_meta, initial_values  # noqa: E402
-from gptdist.parallel.strategies import Strategy, make_strategy  # noqa: E402
-from gptdist.parallel.world import World, init_world  # noqa: E402
-from tests.training import run_tiny, run_worker, tiny_config  # noqa: E402
+from gptdist.errors import UserError
+from gptdist.model import build_meta, initial_values
+from gptdist.parallel.strategies import Strategy, make_strategy
+from gptdist.parallel.world import World, env_world_size, init_world
+from tests.training import run_tiny, tiny_config
 
 # Every model accumulates over uneven micro-batches and clips (see TINY). The chain's has parts that FSDP2 cuts
 # unevenly: 37 hidden units and 129 token ids per tensor-parallel rank of 2.
@@ -30,33 +23,46 @@ MODELS = {
     "untied": [*COMMON, "--model.dropout=0.1", "--model.tied=false", "--model.positions=rope", "--model.n_heads=8",
                "--model.n_kv_heads=4", "--train.activation_checkpointing=full", "--data.document_mask=true"],
     "chain": [*COMMON, "--model.dropout=0.1", "--model.mlp_ratio=2.3125", "--model.vocab_multiple=2"],
-    "bf16": [*COMMON, "--train.precision=bf16", "--train.stop_at=8"],
+    "plain": COMMON,
 }
+SHORT = ["--train.stop_at=8"]
 FSDP = ["--parallel.strategy=fsdp"]
 TP2, TP4 = [*FSDP, "--parallel.tensor=2"], [*FSDP, "--parallel.tensor=4"]
 TP2_DP2 = [*TP2, "--train.micro_batch=4"]
-HSDP = ["--parallel.strategy=hsdp", "--parallel.replicas=2", "--parallel.tensor=2", "--train.stop_at=8"]
+HSDP = ["--parallel.strategy=hsdp", "--parallel.replicas=2", "--parallel.tensor=2"]
 # World size -> run: (model, how it is divided).
 RUNS = {
-    2: {"tied-tp2": ("tied", TP2), "untied-tp2": ("untied", TP2), "bf16-tp2": ("bf16", TP2)},
-    4: {"tied-tp2-dp2": ("tied", TP2_DP2), "untied-tp2-dp2": ("untied", TP2_DP2), "tied-tp4": ("tied", TP4),
-        "untied-tp4": ("untied", TP4), "tied-tp2-hsdp": ("tied", HSDP)},
+    2: {"tied-tp2": ("tied", TP2), "untied-tp2": ("untied", [*TP2, *SHORT]),
+        "bf16-tp2": ("plain", [*TP2, "--train.precision=bf16", *SHORT])},
+    4: {"tied-tp2-dp2": ("tied", TP2_DP2), "untied-tp2-dp2": ("untied", [*TP2_DP2, *SHORT]),
+        "tied-tp4": ("tied", [*TP4, *SHORT]), "untied-tp4": ("untied", [*TP4, *SHORT]),
+        "tied-tp2-hsdp": ("tied", [*HSDP, *SHORT])},
+}
+LONG = {  # of the long test, all 20 steps
+    2: {"tied-compiled": ("tied", [*TP2, "--train.compile=true"]), "untied-tp2-long": ("untied", TP2)},
+    4: {"untied-tp2-dp2-long": ("untied", TP2_DP2), "tied-tp4-long": ("tied", TP4), "untied-tp4-long": ("untied", TP4)},
 }
 # One run goes on as: single to step 5, then these at worlds 2 and 4, then single to step 20.
 CHAIN = {2: [(TP2, 9), (FSDP, 12)], 4: [(TP2, 16)]}
 
 
+def run_cases(data: Path, out: Path, runs: dict[int, dict[str, tuple[str, list[str]]]]) -> None:
+    for name, (model, division) in runs[env_world_size()].items():
+        run_tiny(data, out / name, *MODELS[model], *division)
+
+
 def long_cases(data: Path, out: Path) -> None:
-    run_tiny(data, out / "compiled-tp2", *MODELS["tied"], *TP2, "--train.compile=true")
+    os.environ.pop("TORCHDYNAMO_DISABLE")  # which tests/ranks.py sets
+    torch._dynamo.config.disable = False
+    run_cases(data, out, LONG)
 
 
 def main(data: Path, out: Path) -> None:
-    world = int(os.environ["WORLD_SIZE"])
-    check_parameters(data, out, tensor=2)
-    check_parameters(data, out, tensor=world)
+    world = env_world_size()
+    for tensor in sorted({2, world}):
+        check_parameters(data, out, tensor)
     check_refusals(data, out)
-    for name, (model, division) in RUNS[world].items():
-        run_tiny(data, out / name, *MODELS[model], *division)
+    run_cases(data, out, RUNS)
     check_sum()
     for division, stop in CHAIN[world]:
         run_tiny(data, out / "chain", *MODELS["chain"], *division, f"--train.stop_at={stop}")
@@ -109,7 +115,3 @@ def check_sum() -> None:
     assert world.sum(torch.tensor([world.dp_rank + 1, signal])).tolist() == [dp * (dp + 1) // 2, 1]
     loss = torch.tensor(0.1 * (world.dp_rank + 1), dtype=torch.float64)
     assert world.sum(loss).item() == pytest.approx(0.1 * dp * (dp + 1) / 2, abs=1e-15)
-
-
-if __name__ == "__main__":
-    run_worker(long_cases if sys.argv[3:] == ["long"] else main, Path(sys.argv[1]), Path(sys.argv[2]))

@@ -149,6 +149,14 @@ def test_settings_that_cannot_be(dataset, tmp_path, overrides, message):
 # Two processes
 
 @pytest.fixture(scope="module")
+def fault_runs(dataset, two_processes, tmp_path_factory):
+    """The directory with the runs of tests/faults_worker.py."""
+    out = tmp_path_factory.mktemp("faults")
+    two_processes.run("tests.faults_worker", dataset, out)
+    return out
+
+
+@pytest.fixture(scope="module")
 def single(dataset, tmp_path_factory):
     run = tmp_path_factory.mktemp("single") / "run"
     run_poisoned(dataset, run, *REWIND)

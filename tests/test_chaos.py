@@ -5,7 +5,8 @@ import math
 import pytest
 
 from benchmarks import chaos
-from tests.faults_worker import KILLS
+from tests.chaos_worker import KILLS
+from tests.training import run_tiny
 
 
 def assert_survived(outcome: chaos.Outcome, kills: int) -> None:
@@ -19,8 +20,9 @@ def assert_survived(outcome: chaos.Outcome, kills: int) -> None:
     assert max(kill.lost for kill in outcome.kills) <= 2 * chaos.SAVE_EVERY
 
 
-def test_a_kill_in_each_phase_changes_nothing(fault_runs, dataset, tmp_path):
-    outcome = chaos.run("fsdp", dataset, tmp_path, kills=KILLS, reference=fault_runs / "chaos")
+def test_a_kill_in_each_phase_changes_nothing(two_processes, dataset, tmp_path):
+    two_processes.run("tests.chaos_worker", dataset, tmp_path)
+    outcome = chaos.run("fsdp", dataset, tmp_path, kills=KILLS, reference=tmp_path / "chaos")
     assert_survived(outcome, KILLS)
     assert all(kill.resume_s > 0 or math.isnan(kill.resume_s) for kill in outcome.kills)
 
@@ -32,10 +34,14 @@ def test_twenty_kills_change_nothing(strategy, dataset, tmp_path):
     assert_survived(chaos.run(strategy, dataset, tmp_path, kills=20, seed=1), 20)
 
 
-def test_what_differs_is_found(fault_runs, tmp_path):
-    """The comparison can fail: with another run, and with one that ended earlier."""
-    found = list(chaos.differences(fault_runs / "chaos", fault_runs / "rewind-fsdp"))
+def test_what_differs_is_found(dataset, tmp_path):
+    """The comparison can fail: with a run that ended earlier, and with another one."""
+    for name, options in {"run": [], "short": ["--train.stop_at=1"], "other": ["--optim.lr=2e-3"]}.items():
+        run_tiny(dataset, tmp_path / name, "--train.stop_at=2", *options)
+    found = list(chaos.differences(tmp_path / "run", tmp_path / "short"))
     assert len(found) == 1
     assert "the last checkpoint is" in found[0]
-    found = list(chaos.differences(fault_runs / "rewind-fsdp", fault_runs / "rewind-zero1"))
-    assert any("differs by" in one for one in found) or "the rows of metrics.jsonl differ" in found
+    found = list(chaos.differences(tmp_path / "run", tmp_path / "other"))
+    assert any("differs by" in one for one in found)
+    assert "the rows of metrics.jsonl differ" in found
+    assert list(chaos.differences(tmp_path / "run", tmp_path / "run")) == []

@@ -21,8 +21,10 @@ from gptdist.metrics import read_rows
 from gptdist.model import Classifier
 from gptdist.parallel.world import init_world
 from gptdist.tasks.classify import Classify, Labeller, load_splits
-from tests.conftest import run_gptdist, torchrun
+from tests import finetune_worker
+from tests.conftest import run_gptdist
 from tests.finetune_worker import CASES, CLASSIFY, classify_config, options, run_classify
+from tests.ranks import Ranks
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 
 
@@ -91,10 +93,7 @@ def test_a_run_goes_on_under_another_strategy(world2):
 @pytest.mark.long
 def test_four_processes_give_the_single_curve(world2, texts, base):
     run_classify(texts, world2 / "chain", "--train.stop_at=2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed compiles its Muon at import, 2 s in every process
-        done = torchrun(4, "tests/finetune_worker.py", str(texts), str(base), str(world2))
-    assert done.returncode == 0, done.stderr[-6000:]
+    Ranks(4, world2 / "world-4", finetune_worker.main, texts, base, world2).wait()
     for name in CASES[4]:
         assert_as_single(world2, name, 4)
 

@@ -11,8 +11,20 @@ from gptdist.data.format import TokenDataset
 from gptdist.data.writer import write_dataset
 from gptdist.errors import UserError
 from gptdist.metrics import read_rows
-from tests.conftest import torchrun
-from tests.parallel_worker import CASES, CHAINS, case_options, cases_of, resumed_at
+from tests.parallel_worker import (
+    CASES,
+    CHAINS,
+    PROMPT,
+    REFERENCES,
+    RESUMED,
+    SHORT,
+    cases_of,
+    long_cases,
+    main,
+    reference_options,
+    resumed_at,
+)
+from tests.ranks import Ranks
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 
 WORLDS = (1, 2, 3, 4)
@@ -24,18 +36,16 @@ def runs(dataset, tmp_path_factory):
     """The single-process references, then every world size started once."""
     out = tmp_path_factory.mktemp("runs")
     make_masked_copy(dataset, out / "masked")
-    for name in CASES:
-        single = [o for o in case_options(name, out) if not o.startswith("--parallel.")]
-        run_tiny(dataset, out / f"{name}-single", *single, "--data.workers=0")
-    for name, options in CHAINS.items():
-        run_tiny(dataset, out / name, *options, "--train.stop_at=7")
+    for name in REFERENCES:
+        prompt = [PROMPT] if name == CASES["fsdp"].reference else []
+        run_tiny(dataset, out / f"{name}-single", *reference_options(name, out), *prompt, "--train.micro_batch=6",
+                 "--data.workers=0")
+    for name, reference in CHAINS.items():
+        run_tiny(dataset, out / name, *reference_options(reference, out), "--train.stop_at=7")
     for world in WORLDS:
-        stop, strategy = CHAIN[world]
-        done = torchrun(world, "tests/parallel_worker.py", str(dataset), str(out), str(stop), strategy,
-                        timeout_s=600)
-        assert done.returncode == 0, done.stderr[:6000]
-    for name, options in CHAINS.items():
-        run_tiny(dataset, out / name, *options)
+        Ranks(world, out / f"world-{world}", main, dataset, out, *CHAIN[world]).wait()
+    for name, reference in CHAINS.items():
+        run_tiny(dataset, out / name, *reference_options(reference, out))
     return out
 
 
@@ -51,36 +61,58 @@ def make_masked_copy(dataset, path):
         writer.add(tokens, mask.astype(np.uint8))
 
 
-@pytest.mark.parametrize(("case", "world"), [(case, world) for world in WORLDS for case in cases_of(world)
-                                             if "bf16" not in case])
-def test_every_strategy_and_world_size_gives_the_single_curve(runs, case, world):
+def assert_as_single(runs, case, world):
+    """Up to the step at which the case stops: bf16 in a band, for it has 8 bits of mantissa."""
+    run, reference = runs / f"{case}-{world}", runs / f"{CASES[case].reference}-single"
+    rows = train_rows(run)
+    assert len(rows) == (10 if SHORT[0] in CASES[case].overrides else 20)
+    straight = train_rows(reference)[:len(rows)]
+    if case.endswith("bf16"):
+        assert_same_curve(rows, straight, loss=0.02, norm=0.1)
+        return
     # Muon raises an adapter's smallest singular values, and with them what rounding made of them, 500 times.
-    norm = 2e-3 if case == "fsdp-muon-lora" else 1e-4
-    assert_same_curve(train_rows(runs / f"{case}-{world}"), train_rows(runs / f"{case}-single"), norm=norm)
-    assert eval_losses(runs / f"{case}-{world}") == pytest.approx(eval_losses(runs / f"{case}-single"), abs=1e-5)
+    assert_same_curve(rows, straight, norm=2e-3 if case == "fsdp-muon-lora" else 1e-4)
+    losses = eval_losses(run)
+    assert len(losses) == len(rows) // 10
+    assert losses == pytest.approx(eval_losses(reference)[:len(losses)], abs=1e-5)
+
+
+def assert_resumed_bitwise(runs, case, world):
+    resumed, straight = train_rows(runs / f"{case}-resumed-{world}"), train_rows(runs / f"{case}-{world}")
+    assert len(resumed) == len(straight) - RESUMED[case]
+    assert [(r["loss"], r["grad_norm"]) for r in resumed] == [
+        (r["loss"], r["grad_norm"]) for r in straight[RESUMED[case]:]]
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, world) for world in WORLDS for case in cases_of(world)])
+def test_every_strategy_and_world_size_gives_the_single_curve(runs, case, world):
+    assert_as_single(runs, case, world)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_world_size_writes_the_same_sample(runs, world):
-    samples = [[row["sample"] for row in read_rows(runs / f"fsdp-{n}" / "metrics.jsonl") if row["kind"] == "eval"]
-               for n in (world, "single")]
+    samples = [[row["sample"] for row in read_rows(runs / run / "metrics.jsonl") if row["kind"] == "eval"]
+               for run in (f"fsdp-{world}", "dropout-single")]
     assert samples[0] == samples[1]
     assert all(sample.startswith("The") for sample in samples[0])
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_bf16_stays_in_a_band_of_fp32(runs, world):
-    """bf16 has 8 bits of mantissa: over 20 steps the losses stay within 0.02 nats of fp32's."""
-    assert_same_curve(train_rows(runs / f"fsdp-bf16-{world}"), train_rows(runs / "fsdp-single"), loss=0.02, norm=0.1)
-
-
 @pytest.mark.parametrize(("world", "case"), [(world, case) for world in WORLDS for case in resumed_at(world)])
 def test_resume_at_the_same_world_size_is_bitwise(runs, world, case):
-    resumed, straight = train_rows(runs / f"{case}-resumed-{world}"), train_rows(runs / f"{case}-{world}")
-    assert [(r["loss"], r["grad_norm"]) for r in resumed] == [(r["loss"], r["grad_norm"]) for r in straight]
+    assert_resumed_bitwise(runs, case, world)
 
 
-@pytest.mark.parametrize(("chain", "straight"), [("chain", "fsdp-single"), ("chain-muon", "fsdp-muon-single")])
+@pytest.mark.long
+@pytest.mark.parametrize("world", WORLDS)
+def test_further_cases_give_the_single_curve(runs, dataset, world):
+    Ranks(world, runs / f"long-{world}", long_cases, dataset, runs).wait()
+    for case in cases_of(world, long=True):
+        assert_as_single(runs, case, world)
+    for case in resumed_at(world, long=True):
+        assert_resumed_bitwise(runs, case, world)
+
+
+@pytest.mark.parametrize(("chain", "straight"), [(chain, f"{name}-single") for chain, name in CHAINS.items()])
 def test_one_run_goes_on_at_every_world_size(runs, chain, straight):
     """7 steps on one process, to 9 on one under ddp, to 12 on two, to 15 on three, to 18 on four, to 20 on one."""
     assert_same_curve(train_rows(runs / chain), train_rows(runs / straight))
@@ -104,5 +136,5 @@ def test_a_run_keeps_its_optimizer(runs, dataset):
 
 def test_dropout_changes_the_curve(runs):
     """The equalities above would also hold if dropout did nothing."""
-    with_dropout, without = train_rows(runs / "fsdp-dropout-single"), train_rows(runs / "fsdp-single")
+    with_dropout, without = train_rows(runs / "dropout-single"), train_rows(runs / "plain-single")
     assert abs(with_dropout[-1]["loss"] - without[-1]["loss"]) > 1e-3

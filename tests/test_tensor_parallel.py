@@ -4,11 +4,11 @@ import pytest
 
 from gptdist import config as config_module
 from gptdist.errors import UserError
-from tests.conftest import torchrun
-from tests.tensor_worker import CHAIN, MODELS, RUNS
+from tests.ranks import Ranks
+from tests.tensor_worker import CHAIN, LONG, MODELS, RUNS, SHORT, long_cases, main
 from tests.training import assert_same_curve, eval_losses, run_tiny, train_rows
 
-CASES = {name: model for runs in RUNS.values() for name, (model, _) in runs.items()}
+CASES = {name: case for runs in RUNS.values() for name, case in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -16,26 +16,30 @@ def runs(dataset, tmp_path_factory):
     """The single-process references, then every world size started once, the chain going through all of them."""
     out = tmp_path_factory.mktemp("tensor")
     for model, options in MODELS.items():
-        run_tiny(dataset, out / f"{model}-single", *[o for o in options if "bf16" not in o])
+        run_tiny(dataset, out / f"{model}-single", *options)
     run_tiny(dataset, out / "chain", *MODELS["chain"], "--train.stop_at=5")
     for world in RUNS:
-        done = torchrun(world, "tests/tensor_worker.py", str(dataset), str(out))
-        assert done.returncode == 0, done.stderr[:6000]
+        Ranks(world, out / f"world-{world}", main, dataset, out).wait()
     run_tiny(dataset, out / "chain", *MODELS["chain"])
     return out
 
 
-@pytest.mark.parametrize("case", [name for name, model in CASES.items() if model != "bf16"])
-def test_gives_the_curve_of_one_process(runs, case):
-    rows, reference = train_rows(runs / case), train_rows(runs / f"{CASES[case]}-single")
-    assert_same_curve(rows, reference[:len(rows)])
-    assert len(rows) == (8 if case.endswith("hsdp") else 20)
-    if not case.endswith("hsdp"):
-        assert eval_losses(runs / case) == pytest.approx(eval_losses(runs / f"{CASES[case]}-single"), abs=1e-5)
+def assert_as_single(runs, name, model, division):
+    rows, reference = train_rows(runs / name), runs / f"{model}-single"
+    if division[-1:] == SHORT:
+        assert_same_curve(rows, train_rows(reference)[:8])
+    else:
+        assert_same_curve(rows, train_rows(reference))
+        assert eval_losses(runs / name) == pytest.approx(eval_losses(reference), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "bf16" not in name])
+def test_gives_the_curve_of_one_process(runs, name):
+    assert_as_single(runs, name, *CASES[name])
 
 
 def test_bf16_stays_in_a_band_of_fp32(runs):
-    assert_same_curve(train_rows(runs / "bf16-tp2"), train_rows(runs / "bf16-single"), loss=0.02, norm=0.1)
+    assert_same_curve(train_rows(runs / "bf16-tp2"), train_rows(runs / "plain-single")[:8], loss=0.02, norm=0.1)
 
 
 def test_a_run_goes_on_however_it_is_divided(runs):
@@ -45,10 +49,11 @@ def test_a_run_goes_on_however_it_is_divided(runs):
 
 
 @pytest.mark.long
-def test_compiled_blocks_give_the_same_curve(runs, dataset):
-    done = torchrun(2, "tests/tensor_worker.py", str(dataset), str(runs), "long")
-    assert done.returncode == 0, done.stderr[:6000]
-    assert_same_curve(train_rows(runs / "compiled-tp2"), train_rows(runs / "tied-single"))
+@pytest.mark.parametrize("world", LONG)
+def test_all_steps_and_compiled_blocks_give_the_same_curve(runs, dataset, world):
+    Ranks(world, runs / f"long-{world}", long_cases, dataset, runs).wait()
+    for name, case in LONG[world].items():
+        assert_as_single(runs, name, *case)
 
 
 def config(**fields):

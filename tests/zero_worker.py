@@ -1,42 +1,44 @@
-"""Started by torchrun once per world size: runs every case of DeepSpeed and HSDP in one process group.
+"""In every rank of a world of each size (tests/ranks.py): every case of DeepSpeed and HSDP in one process group."""
 
-Usage: torchrun --nproc-per-node W tests/zero_worker.py DATA OUT [long]
-"""
-
-import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import gptdist.parallel.init as parallel_init  # noqa: E402
-from gptdist import config as config_module  # noqa: E402
-from gptdist.checkpoint import layout, store  # noqa: E402
-from gptdist.model import build_meta  # noqa: E402
-from gptdist.optim.adamw import build_adamw  # noqa: E402
-from gptdist.parallel.strategies import Single, Strategy, make_strategy  # noqa: E402
-from gptdist.parallel.world import World, env_world_size, init_world  # noqa: E402
-from tests.training import run_tiny, run_worker  # noqa: E402
+import gptdist.parallel.init as parallel_init
+from gptdist import config as config_module
+from gptdist.checkpoint import layout, store
+from gptdist.model import build_meta
+from gptdist.optim.adamw import build_adamw
+from gptdist.parallel.strategies import Single, Strategy, make_strategy
+from gptdist.parallel.world import World, env_world_size, init_world
+from tests.training import run_tiny
 
 # Of the 11 sequences of a step a rank takes up to 11, 6, 4, 3: in 4, 2, 2, 1 micro-batches.
 DROPOUT = ["--model.dropout=0.1", "--eval.every=0", "--train.micro_batch=3"]
 SHORT = [*DROPOUT, "--train.stop_at=10"]
 BACKGROUND = ["--checkpoint.every=8", "--checkpoint.keep_last=3", "--checkpoint.asynchronous=true"]
+HSDP = ["--parallel.replicas=2"]
 OFFLOAD = ["--parallel.offload_optimizer=true"]
 # World size -> name -> overrides. Cases that begin with bf16 are compared with fp32, the others with `single`.
 CASES = {
-    1: {"zero2": DROPOUT, "zero3": DROPOUT},
+    1: {"zero2": SHORT, "zero3": SHORT},
     2: {"zero1": [*DROPOUT, *BACKGROUND], "zero2": DROPOUT, "zero3": [*DROPOUT, *BACKGROUND],
-        "hsdp": [*DROPOUT, "--parallel.replicas=2"],
+        "hsdp": [*SHORT, *HSDP],
         "zero1-bf16": [*SHORT, "--train.precision=bf16"],
         "zero3-bf16": [*SHORT, "--train.precision=bf16"],
         "zero2-offload": [*SHORT, *OFFLOAD],
         "zero3-offload": [*SHORT, *OFFLOAD, "--parallel.offload_parameters=true"],
         "zero3-recompute": [*SHORT, "--train.activation_checkpointing=full"]},
-    3: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT},
-    4: {"zero1": DROPOUT, "zero2": DROPOUT, "zero3": DROPOUT, "hsdp": [*DROPOUT, "--parallel.replicas=2"]},
+    3: {"zero2": SHORT, "zero3": SHORT},
+    4: {"zero1": SHORT, "zero2": SHORT, "zero3": SHORT, "hsdp": [*SHORT, *HSDP]},
+}
+# Of the long test, all 20 steps. DeepSpeed's CPUAdam is saved in the middle, so that its counters are restored too.
+LONG = {
+    1: {"zero2-long": DROPOUT, "zero3-long": DROPOUT},
+    2: {"hsdp-long": [*DROPOUT, *HSDP],
+        "zero3-cpuadam": [*DROPOUT, *OFFLOAD, "--parallel.offload_adam=deepspeed"]},
+    3: {"zero1-long": DROPOUT, "zero2-long": DROPOUT, "zero3-long": DROPOUT},
+    4: {"zero1-long": DROPOUT, "zero2-long": DROPOUT, "zero3-long": DROPOUT, "hsdp-long": [*DROPOUT, *HSDP]},
 }
 # One run that goes on under every strategy: (step it stops at, strategy), world size by world size.
 CHAIN = {
@@ -45,19 +47,24 @@ CHAIN = {
     3: [(11, "zero3"), (12, "fsdp"), (14, "zero1")],
     4: [(16, "zero3"), (18, "zero2")],
 }
+# Strategy that saves in the background at step 8 -> strategies that go on from it, to step 10.
+GOES_ON = {"zero1": ["zero3"], "zero3": ["zero2", "zero3"]}
+
+
+def run_cases(data: Path, out: Path, cases: dict[int, dict[str, list[str]]], *further: str) -> None:
+    world = env_world_size()
+    for name, overrides in cases[world].items():
+        run_tiny(data, out / f"{name}-{world}", f"--parallel.strategy={name.split('-')[0]}", *overrides, *further)
 
 
 def main(data: Path, out: Path) -> None:
     world = env_world_size()
-    for name, overrides in CASES[world].items():
-        run_tiny(data, out / f"{name}-{world}", f"--parallel.strategy={name.split('-')[0]}", *overrides)
+    run_cases(data, out, CASES)
     for stop, strategy in CHAIN[world]:
         run_tiny(data, out / "chain", f"--parallel.strategy={strategy}", f"--train.stop_at={stop}", *DROPOUT)
     if world == 2:
-        run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", "--train.stop_at=9", *DROPOUT)
-        run_tiny(data, out / "resumed-2", "--parallel.strategy=zero3", *DROPOUT)
-        for saved, strategy in (("zero1", "zero3"), ("zero3", "zero2")):
-            run_tiny(data, out / f"background-{saved}", f"--parallel.strategy={strategy}", *SHORT,
+        for saved, strategy in [(saved, strategy) for saved, others in GOES_ON.items() for strategy in others]:
+            run_tiny(data, out / f"{strategy}-from-{saved}", f"--parallel.strategy={strategy}", *SHORT,
                      f"--checkpoint.resume={out / f'{saved}-2' / 'checkpoints' / layout.step_name(8)}")
         run_tiny(data, out / "init-2", "--parallel.strategy=zero2", "--train.steps=2", "--schedule.warmup_steps=0",
                  f"--checkpoint.init_from={out / 'zero3-2'}", *DROPOUT)
@@ -71,10 +78,8 @@ def main(data: Path, out: Path) -> None:
 
 
 def long_cases(data: Path, out: Path) -> None:
-    """DeepSpeed's CPUAdam: saved in the middle, so that its counters are restored too."""
-    for stop in (9, 20):
-        run_tiny(data, out / "cpuadam-2", "--parallel.strategy=zero3", "--parallel.offload_adam=deepspeed",
-                 f"--train.stop_at={stop}", *OFFLOAD, *DROPOUT)
+    run_cases(data, out, LONG, "--train.stop_at=9")
+    run_cases(data, out, LONG)
 
 
 def small_config(out: Path, *overrides: str) -> config_module.Config:
@@ -153,7 +158,3 @@ def check_no_rank_holds_the_model(out: Path) -> None:
     assert strategy.model.head_weight is strategy.model.wte.weight
     shard = strategy.model_state()["model.wte.weight"]
     assert shard.flat.numel() == 65536 * 64 // 2
-
-
-if __name__ == "__main__":
-    run_worker(long_cases if sys.argv[3:] == ["long"] else main, Path(sys.argv[1]), Path(sys.argv[2]))
