@@ -4,8 +4,8 @@
 
 The questions are the held-out ones of gptdist.data.questions, of the set that the assistant was trained on: about names
 that it knows, in other words ("phrasings"), and about names that it never saw ("names"). The base model gets the
-question and a line break, and its answer ends at the next; the assistant gets its template. Answers are greedy, scored
-by exact match and ROUGE-L.
+question and a line break, and its answer is the first line that has something on it; the assistant gets its template.
+Answers are greedy, scored by exact match and ROUGE-L.
 """
 
 import argparse
@@ -27,16 +27,13 @@ from gptdist.generate import Generator, Sampling
 def answers(checkpoint: Path, questions: list[Conversation], sampling: Sampling) -> list[str]:
     """What a base model, or one with a template, says to each question."""
     model, tokenizer, _ = load_model(checkpoint, verify=False)
-    template = stored_template(checkpoint)
+    template, generator = stored_template(checkpoint), Generator(model, tokenizer)
     if template is None:
-        prompts = [f"{question.turns[0].text}\n" for question in questions]
-        stops = ("\n",)
-    else:
-        prompts = [encode(template.render(question.question()), tokenizer)[0] for question in questions]
-        stops = template.stops
-    completions = Generator(model, tokenizer).generate(prompts, dataclasses.replace(sampling, stop=stops),
-                                                       batch_size=32)
-    return [completion.text for completion in completions]
+        texts = [f"{question.turns[0].text}\n" for question in questions]
+        return [done.text.strip().partition("\n")[0] for done in generator.generate(texts, sampling, batch_size=32)]
+    prompts = [encode(template.render(question.question()), tokenizer)[0] for question in questions]
+    sampling = dataclasses.replace(sampling, stop=template.stops)
+    return [done.text for done in generator.generate(prompts, sampling, batch_size=32)]
 
 
 def main() -> int:

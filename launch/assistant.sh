@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to an assistant in the browser: set up, train the base model of the quickstart, fine-tune it on questions
-# about Python's library, compare the two on questions in words that neither saw, serve. On 2 cores of a Zen 3 server the
-# base model took 3 to 4 minutes and the rest 340 s; run again, it goes on from what is done.
+# about the names that Python programs use most, compare the two on questions in words that neither saw, serve. On 2
+# cores of a Zen 3 server the base model took 3 to 4 minutes; fine-tuning takes 233 s of processor time, which two
+# processes share. Run again, it goes on from what is done.
 #
 #   bash launch/assistant.sh              serves until Ctrl-C, and opens the page where there is a browser
 #   bash launch/assistant.sh --no-serve   ends before that
