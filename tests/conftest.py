@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import torch
 
 from gptdist.parallel.host import use_onednn_for_fp32
 from tests import cuda_vm, workers
-from tests.ranks import Ranks, free_port
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that take longest begin first, so that no process of `pytest -n` is left alone with one at the end.
@@ -98,6 +99,12 @@ def run_gptdist(*args: str, timeout_s: int = 120, stdin: str | None = None, **en
     """`python -m gptdist ARGS` in a process of its own."""
     return subprocess.run([sys.executable, "-m", "gptdist", *args], capture_output=True, text=True, cwd=ROOT,
                           input=stdin, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def torchrun(world: int, *args: str, timeout_s: int = 180) -> subprocess.CompletedProcess:

@@ -3,7 +3,6 @@ that is started on its own longer than the runs of most tests do."""
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.training import run_worker
 
@@ -31,7 +31,9 @@ class Ranks:
         self.out, self.err = folder / "out.txt", folder / "err.txt"
         for path in (self.out, self.err):
             path.touch()
-        where = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent does
+        where = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost",
+                 "MASTER_PORT": self._store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         start_server()
         self._processes = [
             CONTEXT.Process(target=_rank, args=(where | {"RANK": rank, "LOCAL_RANK": rank}, self.out, self.err, work,
@@ -60,12 +62,6 @@ class Ranks:
             process.join()
         self._processes = []
         raise AssertionError(f"{why}: {self.err.read_text()[-6000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def start_server() -> None:
