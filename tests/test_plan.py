@@ -21,7 +21,7 @@ from gptdist.model import LanguageModel, build_meta, parameter_count
 from gptdist.parallel import deepspeed_config
 from gptdist.parallel.strategies import STRATEGIES
 from gptdist.parallel.world import MESH_DIMS, World
-from gptdist.plan import make_plan, memory, report, suggest
+from gptdist.plan import allocations, make_plan, report, sizes, suggest
 from gptdist.plan.devices import DEVICES, find_device
 from gptdist.plan.shapes import Parameters, lay_out, step_of
 from tests.conftest import ROOT
@@ -58,10 +58,10 @@ def test_parameters_are_the_models(variant):
 
 def test_constants_are_those_of_the_parts():
     cross_entropy = importlib.import_module("gptdist.ops.cross_entropy")  # ops has a function of this name
-    assert memory.LOGITS_ELEMENTS == cross_entropy.BUFFER_ELEMENTS
-    assert memory.CPU_LOGITS_BYTES == cross_entropy.CPU_BUFFER_BYTES
-    assert memory.LEAST_ROWS == cross_entropy.LEAST_ROWS
-    assert memory.REDUCE_BUCKET == deepspeed_config.REDUCE_BUCKET_SIZE
+    assert sizes.LOGITS_ELEMENTS == cross_entropy.BUFFER_ELEMENTS
+    assert sizes.CPU_LOGITS_BYTES == cross_entropy.CPU_BUFFER_BYTES
+    assert sizes.LEAST_ROWS == cross_entropy.LEAST_ROWS
+    assert allocations.REDUCE_BUCKET == deepspeed_config.REDUCE_BUCKET_SIZE
 
 
 def saved_bytes(config, rows):
@@ -89,10 +89,10 @@ def saved_bytes(config, rows):
 def test_activations_are_what_autograd_saves(overrides):
     config = small("--model.n_layers=6", "--model.context=256", *overrides)
     layout = lay_out(config, 1, 8)
-    sizes = memory._Sizes(config, layout, step_of(config, layout), find_device("cpu", memory_gb=1))
-    head = 4 * (sizes.n.vocabulary + sizes.step.tokens * config.model.width)  # made in the forward on a CPU
-    expected = sizes.activations() + head
-    assert saved_bytes(config, sizes.step.rows) == pytest.approx(expected, rel=0.03)
+    planned = sizes.Sizes(config, layout, step_of(config, layout), find_device("cpu", memory_gb=1))
+    head = 4 * (planned.vocabulary + planned.step.tokens * config.model.width)  # made in the forward on a CPU
+    expected = planned.activations() + head
+    assert saved_bytes(config, planned.step.rows) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.fixture
@@ -208,10 +208,10 @@ def test_the_command_prints_text_and_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["memory"]["fits"]
     assert found["world_size"] == 8
-    sizes = dict(found["memory"])
-    total = sizes.pop("total")
-    del sizes["capacity"], sizes["fits"], sizes["measured"]
-    assert sum(sizes.values()) == pytest.approx(total)
+    parts = dict(found["memory"])
+    total = parts.pop("total")
+    del parts["capacity"], parts["fits"], parts["measured"]
+    assert sum(parts.values()) == pytest.approx(total)
     assert found["tokens_per_day"] == pytest.approx(found["tokens_per_s"] * 86400)
     assert math.isclose(found["run_cost"], found["run_tokens"] / found["tokens_per_s"] / 3600 * 8 * 2.5)
 

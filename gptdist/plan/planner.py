@@ -112,12 +112,10 @@ def suggest(plan: Plan) -> list[Plan]:
     Without rates that give a time, those that recompute less, need fewer micro-batches and hold less come first.
     """
     best: dict[str, Plan] = {}
-    for other in _alternatives(plan):
-        if other.memory.fits:
-            key = _name(other)
-            if key not in best or _rank(other) < _rank(best[key]):
-                best[key] = other
-    return sorted(best.values(), key=_rank)
+    for other in sorted(_alternatives(plan), key=_rank):  # memory is known for no more of them than it takes
+        if _name(other) not in best and other.memory.fits:
+            best[_name(other)] = other
+    return sorted(best.values(), key=lambda found: (*_rank(found), found.memory.total))
 
 
 def _name(plan: Plan) -> str:
@@ -126,8 +124,8 @@ def _name(plan: Plan) -> str:
 
 def _rank(plan: Plan) -> tuple[float, ...]:
     if plan.time is not None:
-        return plan.time.total, plan.memory.total
-    return plan.config.train.checkpoint_every_block > 0, plan.step.count, plan.memory.total
+        return (plan.time.total,)
+    return plan.config.train.checkpoint_every_block > 0, plan.step.count
 
 
 def _alternatives(plan: Plan) -> Iterator[Plan]:
