@@ -26,6 +26,7 @@ class Plan:
     step: Step
     device: Device
     price: float | None = None  # of a device and hour
+    auto_precision: bool = False  # train.precision was auto
 
     @property
     def strategy(self) -> str:
@@ -81,14 +82,14 @@ def make_plan(config: Config, world_size: int, device: Device, *, per_node: int 
     """Plan a run. Raises UserError for processes, batches or prices that cannot be."""
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"--price is {price:g}, expected 0 or more")
-    config = _resolved(config, device)
+    auto, config = config.train.precision == "auto", _resolved(config, device)
     layout = lay_out(config, world_size, per_node)
-    return Plan(config, layout, step_of(config, layout), device, price)
+    return Plan(config, layout, step_of(config, layout), device, price, auto)
 
 
 def _resolved(config: Config, device: Device) -> Config:
     """The configuration with its precision, vocabulary and fine-tuning windows decided."""
-    # The devices of the table multiply bf16; of a CPU that is not known here.
+    # All GPUs of the table multiply bf16. Of a CPU that is not known here: most do not, and a run on one takes fp32.
     train, model = config.train.resolved(device.kind == "cuda"), config.model
     if model.vocab_size is None:
         paths = [config.data.path, *(entry["path"] for entry in config.data.mixture)]

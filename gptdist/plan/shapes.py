@@ -71,8 +71,9 @@ class Parameters:
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of a block's, by name."""
         m, t = self.config, self.tensor
-        return {"attn.qkv": ((m.width + 2 * m.kv_heads * m.head_dim) // t, m.width), "attn.proj": (m.width, m.width // t),
-                "mlp.fc": (m.hidden // t, m.width), "mlp.proj": (m.width, m.hidden // t)}
+        qkv, hidden = (m.width + 2 * m.kv_heads * m.head_dim) // t, m.hidden // t
+        return {"attn.qkv": (qkv, m.width), "attn.proj": (m.width, m.width // t), "mlp.fc": (hidden, m.width),
+                "mlp.proj": (m.width, hidden)}
 
     @cached_property
     def block_matrices(self) -> int:

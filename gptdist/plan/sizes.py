@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from gptdist.config import Config
 from gptdist.plan.devices import Device
@@ -25,7 +25,8 @@ class Sizes:
         self.autocast = self.bf16 and self.strategy in ("single", "ddp")
         self.r = 4 if self.autocast else self.a
         self.weights = weights_of(config, layout.tensor)
-        if not self.on_cpu and self.strategy in ("fsdp", "hsdp", "zero3"):
+        self.gathers = self.strategy in ("fsdp", "hsdp", "zero3")
+        if self.gathers and not self.on_cpu:
             self.weights = _joined(self.weights)
         self.vocabulary = next(w.size for w in self.weights if w.name in ("tied", "head"))
 
@@ -135,7 +136,7 @@ class Sizes:
         group = [w.size for w in self.weights if w.trained and w.matrix is matrix]
         each = sum(group) / self.shards
         starts = [0, *accumulate(group)]
-        spans = [list(zip(starts, starts[1:], strict=False)) for _ in range(self.shards)]
+        spans = [list(pairwise(starts)) for _ in range(self.shards)]
         return [[(stop - start, min(stop, (i + 1) * each) - max(start, i * each)) for start, stop in span
                  if min(stop, (i + 1) * each) > max(start, i * each)] for i, span in enumerate(spans)]
 
