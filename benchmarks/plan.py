@@ -25,7 +25,7 @@ from gptdist.plan.devices import find_device
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = "<!-- tables -->"
-LIMIT = 0.10  # of what is measured, that a prediction may be off; shown for single-fp32 and fsdp-fp32 so far
+LIMIT = 0.10  # of what is measured, that a prediction may be off; some cases' runs differ by as much among themselves
 COMMON = ["--model.n_heads=16", "--model.context=64", "--train.tokens_per_step=256", "--train.steps=2",
           "--train.precision=fp32", "--train.micro_batch=1", "--eval.tokens=64", "--eval.micro_batch=1",
           "--eval.every=0", "--checkpoint.every=0", "--run.tensorboard=false", "--parallel.threads=1"]
@@ -36,7 +36,7 @@ def model(width: int, layers: int, vocab: int, *more: str) -> list[str]:
 
 
 FULL = "--train.activation_checkpointing=full"
-# A processor without bf16 instructions takes minutes for a product: few tokens.
+# A processor without bf16 instructions takes minutes for such a run: few tokens.
 BF16 = ["--train.precision=bf16", "--model.context=16", "--train.tokens_per_step=64"]
 OFFLOAD = "--parallel.offload_optimizer=true"
 # Name -> (processes, overrides). The name begins with the strategy.

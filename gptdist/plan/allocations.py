@@ -15,7 +15,7 @@ with their block. Sources are named at what is not this project's own.
 
 from collections.abc import Hashable, Iterable
 
-from gptdist.plan.heap import JOINS, Process
+from gptdist.plan.heap import Process
 from gptdist.plan.shapes import OUTSIDE, Weight
 from gptdist.plan.sizes import Sizes
 
@@ -30,7 +30,7 @@ class Run:
     """What all strategies do."""
 
     def __init__(self, sizes: Sizes, seed: int = 0):
-        self.s, self.p = sizes, Process(sizes.on_cpu, seed, JOINS["gathers" if sizes.gathers else "does not"])
+        self.s, self.p = sizes, Process(sizes.on_cpu, seed)
         self.weights = sizes.weights
         self.trained = [w for w in self.weights if w.trained]
         self.blocks = range(sizes.config.model.n_layers)

@@ -8,8 +8,8 @@ heap grows. Two things keep holes from being used (glibc before 2.38: malloc.c, 
   tensor left is too small for another of exactly its size: it serves a smaller one, or together with its neighbour.
 - What is not kept, 32 to 96 bytes between a tensor and the next, goes to the next small allocation, of which torch
   makes thousands. While that is in use, the holes on its two sides do not join. JOINS is the share of such places at
-  which they do, fewer in strategies that gather weights, whose hooks make small objects at every turn. Both shares are
-  fitted (benchmarks/results/plan.md); which places they are is drawn at random, as they differ from run to run.
+  which they do. It is fitted (benchmarks/results/plan.md); which places they are is drawn at random, as they differ
+  from run to run.
 
 Threads of gloo allocate from heaps of their own, of THREAD_HEAP bytes at most. What is larger is mapped, and unmapped
 when it is freed.
@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 
 ALIGNMENT, SPARE = 64, 112  # bytes; 112: 64 for the alignment, 32 for the least chunk, 16 for its header
-JOINS = {"gathers": 0.75, "does not": 0.85}
+JOINS = 0.76
 THREAD_HEAP = 64 << 20
 THREADS = 2  # of a process group (ProcessGroupGloo's default)
 
@@ -29,7 +29,7 @@ THREADS = 2  # of a process group (ProcessGroupGloo's default)
 class Heap:
     """Addresses from 0 up. `resident`: bytes that were touched at least once."""
 
-    def __init__(self, seed: int = 0, joins: float = 1.0):
+    def __init__(self, seed: int = 0, joins: float = JOINS):
         self.resident = 0
         self.top = 0  # what lies above was never given out, or has been freed
         self._random, self._joins = random.Random(seed), joins
@@ -91,16 +91,16 @@ class Heap:
 class Process:
     """Allocations under names of their own, each of one part of the plan; the parts at the moment that needs most.
 
-    seed, joins: of the heap.
+    seed: of what is random in the heap.
     """
 
-    def __init__(self, on_cpu: bool, seed: int = 0, joins: float = 1.0):
+    def __init__(self, on_cpu: bool, seed: int = 0):
         self.on_cpu = on_cpu
         self.peak = 0.0
         self.parts: dict[str, float] = {}  # at the peak
         self._held: dict[Hashable, tuple[str, int, int, int]] = {}  # name -> part, bytes, address, bytes touched
         self._live, self._by_part = 0, defaultdict(float)
-        self._heap = Heap(seed, joins)
+        self._heap = Heap(seed)
         self._threads = 0  # bytes that threads of gloo keep
 
     def take(self, part: str, name: Hashable, size: float, *, touched: bool = True, brief: bool = False) -> None:

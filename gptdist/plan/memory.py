@@ -22,7 +22,7 @@ from gptdist.plan.sizes import Sizes
 
 RUNS = {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": FSDP, "zero1": ZeRO, "zero2": ZeRO, "zero3": ZeRO3}
 PROCESS_BYTES = {"cuda": 0.0, "cpu": 25e6}  # fitted to single-fp32; CUDA's context: see devices.py
-SEEDS = 8  # of a heap: heap.py
+SEEDS = 12  # of a heap: heap.py
 FRAGMENTATION = 0.05  # of what a GPU's step allocates and frees
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits", "gathered", "buffers", "process",
          "fragmentation")

@@ -25,8 +25,7 @@ class Sizes:
         self.autocast = self.bf16 and self.strategy in ("single", "ddp")
         self.r = 4 if self.autocast else self.a
         self.weights = weights_of(config, layout.tensor)
-        self.gathers = self.strategy in ("fsdp", "hsdp", "zero3")
-        if self.gathers and not self.on_cpu:
+        if not self.on_cpu and self.strategy in ("fsdp", "hsdp", "zero3"):
             self.weights = _joined(self.weights)
         self.vocabulary = next(w.size for w in self.weights if w.name in ("tied", "head"))
 
