@@ -26,8 +26,8 @@ SEEDS = 12  # of a heap: heap.py
 FRAGMENTATION = 0.05  # of what a GPU's step allocates and frees
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits", "gathered", "buffers", "process",
          "fragmentation")
-MEASURED = ("on a CPU with AdamW, every strategy in fp32, bf16 of single, fsdp and zero2 with offload, LoRA in one process: "
-            "within 10%, but fsdp with more blocks 22% too low")
+MEASURED = ("on a CPU with AdamW, every strategy in fp32, bf16 of single, fsdp and zero2 with offload, LoRA in one "
+            "process: within 10%, but fsdp with more blocks 22% too low")
 NOT_MEASURED = "Muon, task.freeze, bf16 of other strategies, any GPU"
 # Strategy and precision of the runs on a CPU; with them recomputation in bf16, tensor parallelism and zero3's offload.
 MEASURED_KINDS = {*((name, "fp32") for name in RUNS), ("single", "bf16"), ("fsdp", "bf16")}
