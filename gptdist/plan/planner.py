@@ -26,6 +26,7 @@ class Plan:
     step: Step
     device: Device
     price: float | None = None  # of a device and hour
+    auto_precision: bool = False  # train.precision was auto
 
     @property
     def strategy(self) -> str:
@@ -81,14 +82,14 @@ def make_plan(config: Config, world_size: int, device: Device, *, per_node: int 
     """Plan a run. Raises UserError for processes, batches or prices that cannot be."""
     if price is not None and not 0 <= price < float("inf"):
         raise UserError(f"--price is {price:g}, expected 0 or more")
-    config = _resolved(config, device)
+    auto, config = config.train.precision == "auto", _resolved(config, device)
     layout = lay_out(config, world_size, per_node)
-    return Plan(config, layout, step_of(config, layout), device, price)
+    return Plan(config, layout, step_of(config, layout), device, price, auto)
 
 
 def _resolved(config: Config, device: Device) -> Config:
     """The configuration with its precision, vocabulary and fine-tuning windows decided."""
-    # The devices of the table multiply bf16; of a CPU that is not known here.
+    # All GPUs of the table multiply bf16. Of a CPU that is not known here: most do not, and a run on one takes fp32.
     train, model = config.train.resolved(device.kind == "cuda"), config.model
     if model.vocab_size is None:
         paths = [config.data.path, *(entry["path"] for entry in config.data.mixture)]
@@ -112,12 +113,10 @@ def suggest(plan: Plan) -> list[Plan]:
     Without rates that give a time, those that recompute less, need fewer micro-batches and hold less come first.
     """
     best: dict[str, Plan] = {}
-    for other in _alternatives(plan):
-        if other.memory.fits:
-            key = _name(other)
-            if key not in best or _rank(other) < _rank(best[key]):
-                best[key] = other
-    return sorted(best.values(), key=_rank)
+    for other in sorted(_alternatives(plan), key=_rank):  # memory is known for no more of them than it takes
+        if _name(other) not in best and other.memory.fits:
+            best[_name(other)] = other
+    return sorted(best.values(), key=lambda found: (*_rank(found), found.memory.total))
 
 
 def _name(plan: Plan) -> str:
@@ -126,8 +125,8 @@ def _name(plan: Plan) -> str:
 
 def _rank(plan: Plan) -> tuple[float, ...]:
     if plan.time is not None:
-        return plan.time.total, plan.memory.total
-    return plan.config.train.checkpoint_every_block > 0, plan.step.count, plan.memory.total
+        return (plan.time.total,)
+    return plan.config.train.checkpoint_every_block > 0, plan.step.count
 
 
 def _alternatives(plan: Plan) -> Iterator[Plan]:

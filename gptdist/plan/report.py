@@ -56,9 +56,18 @@ def _heading(plan: Plan) -> list[str]:
     tensor = f" x tensor parallel {layout.tensor}" if layout.tensor > 1 else ""
     nodes = f"{layout.nodes} node{'s' if layout.nodes > 1 else ''}"
     return [f"{_count(plan.parameters)} parameters; {plan.strategy}{tensor} on {layout.size} x {plan.device.name} "
-            f"({nodes}), {plan.config.train.precision}",
+            f"({nodes}), {_precision(plan)}",
             f"{step.sequences} x {step.context} tokens a step: {step.count} micro-batch{'es' * (step.count > 1)} of "
             f"{step.rows} on each of {layout.dp_size} data-parallel ranks"]
+
+
+def _precision(plan: Plan) -> str:
+    found = plan.config.train.precision
+    if not plan.auto_precision:
+        return found
+    if plan.device.kind == "cuda":
+        return f"{found} (train.precision=auto)"
+    return f"{found} (train.precision=auto; on a processor that multiplies bf16 it is bf16: plan with precision=bf16)"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -4,6 +4,7 @@ Letters as in model.py: B sequences of T tokens, C channels, H query and Hkv key
 units, V rows of the (padded) vocabulary; t processes divide the layers among them.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,9 +68,16 @@ class Parameters:
     tensor: int = 1
 
     @cached_property
-    def block_matrices(self) -> int:
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of a block's, by name."""
         m, t = self.config, self.tensor
-        return (m.width * (m.width + 2 * m.kv_heads * m.head_dim) + m.width**2 + 2 * m.width * m.hidden) // t
+        qkv, hidden = (m.width + 2 * m.kv_heads * m.head_dim) // t, m.hidden // t
+        return {"attn.qkv": (qkv, m.width), "attn.proj": (m.width, m.width // t), "mlp.fc": (hidden, m.width),
+                "mlp.proj": (m.width, hidden)}
+
+    @cached_property
+    def block_matrices(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices.values())
 
     @cached_property
     def block_vectors(self) -> int:
@@ -151,3 +159,57 @@ def flops_of(config: Config) -> Flops:
     blocks = 6 * model.n_layers * n.block_matrices
     return Flops(flops_per_token(model, n.total), 6 * n.vocabulary + blocks * (1 + again / 3),
                  scores * (3.5 + again))
+
+
+OUTSIDE = -1  # the unit of the weights outside the blocks
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of one process, or the vectors or adapters of a block together.
+
+    `trained` as lora and task.freeze leave it; `matrix`: the optimizer decays it; `product`: a matrix product reads it.
+    """
+
+    unit: int  # number of the block, or OUTSIDE
+    name: str
+    size: int
+    trained: bool
+    matrix: bool = True
+    product: bool = False
+
+
+def weights_of(config: Config, tensor: int = 1) -> list[Weight]:
+    """The parameters of one process, in the model's order (model.build)."""
+    m, n, last = config.model, Parameters(config.model, tensor), config.task.trained_blocks
+    everything = config.lora.rank == 0 and last is None
+    classifies = config.task.name == "classify"
+    tied = m.tied and not classifies
+    outside = [Weight(OUTSIDE, "tied", n.vocabulary, config.lora.rank == 0, product=True) if tied else
+               Weight(OUTSIDE, "wte", n.vocabulary, everything)]
+    if m.positions == "learned":
+        outside.append(Weight(OUTSIDE, "wpe", m.context * m.width, everything))
+    blocks = [w for i in range(m.n_layers)
+              for w in _block(config, n, i, everything or (last is not None and i >= m.n_layers - last))]
+    norm = Weight(OUTSIDE, "ln_f", m.width * (2 if m.bias else 1), everything or bool(last), matrix=False)
+    if tied:
+        return [*outside, *blocks, norm]
+    rows = max(2, len(config.classify.labels)) if classifies else n.vocabulary // m.width
+    return [*outside, *blocks, norm, Weight(OUTSIDE, "head", rows * m.width, classifies or config.lora.rank == 0,
+                                            product=True)]
+
+
+def _block(config: Config, n: Parameters, block: int, trained: bool) -> list[Weight]:
+    weights = []
+    for name, (rows, columns) in n.matrices.items():
+        weights.append(Weight(block, name, rows * columns, trained, product=True))
+        if adapted(config, name):
+            stacked = 3 if config.lora.split_qkv and name == "attn.qkv" else 1
+            size = config.lora.rank * (stacked * columns + rows)
+            weights.append(Weight(block, f"{name} adapter", size, trained=True))
+    return [*weights, Weight(block, "vectors", n.block_vectors, trained, matrix=False)]
+
+
+def adapted(config: Config, name: str) -> bool:
+    """Whether a block's matrix gets an adapter (lora.targets_of)."""
+    return config.lora.rank > 0 and re.fullmatch(rf"(?:.*\.)?(?:{config.lora.targets})", f"blocks.0.{name}") is not None
