@@ -18,6 +18,8 @@ if [ -x "$VENV/bin/python" ]; then export PATH="$VENV/bin:$PATH"; fi
 
 if [ "${1:-}" != --hosts ]; then
   command -v python > /dev/null || die "no python here, and no $VENV: see launch/README.md"
+  python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+    || die "$(command -v python) of $(hostname) has no torch: install this project there, or set GPTDIST_VENV"
   exec python -m gptdist.launcher "$@"
 fi
 
