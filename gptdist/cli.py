@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from gptdist import __version__
-from gptdist.errors import EXIT_BUG, EXIT_DONE, MissingError, UserError
+from gptdist.errors import EXIT_BUG, EXIT_DONE, ActionableError, MissingError, UserError
 
 TRAIN_HELP = """\
 Train a GPT from scratch. The configuration is a YAML file; every value can be overridden as --section.key=value
@@ -794,7 +794,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args, rest) if args.run in TAKES_OVERRIDES else args.run(args)
-    except (UserError, MissingError) as error:
+    except ActionableError as error:
         if args.debug:
             traceback.print_exc()
         print(f"gptdist {args.command}: {error}", file=sys.stderr)

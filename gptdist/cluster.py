@@ -22,7 +22,7 @@ from gptdist.data.format import META_NAME, TokenDataset
 from gptdist.data.shares import check_world
 from gptdist.errors import EXIT_USER, ActionableError, MissingError, UserError
 from gptdist.parallel.meeting import roll_call
-from gptdist.parallel.world import choose_device, env_rank, env_world_size
+from gptdist.parallel.world import choose_device, env_local_world_size, env_rank, env_world_size
 
 PACKAGE = Path(__file__).resolve().parent
 # What may differ between hosts: where the files lie, of which the content is compared, and what changes no result.
@@ -40,6 +40,7 @@ SAME_EVERYWHERE = {  # name in the facts -> what to do where it differs
     "nccl": "install the same build of torch on every node",
     "device type": "set parallel.device, and see `gptdist doctor` on the node without a GPU",
     "GPTDIST_OPS": "set it to the same on every node",
+    "replicas of hsdp": "set parallel.replicas, for the nodes do not have equally many processes",
 }
 
 Facts = dict[str, Any]
@@ -79,11 +80,19 @@ def facts_of(config: Config | None, fault: ActionableError | None = None, *, tho
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
             "device type": device.type,
             "GPTDIST_OPS": os.environ.get("GPTDIST_OPS", ""),
+            "replicas of hsdp": replicas(config.parallel) if config else None,
         },
         "config": comparable(config) if config else None,
         "data": data_facts(config, thorough=thorough) if config else {},
         "fault": [type(fault).__name__, str(fault)] if fault else None,
     }
+
+
+def replicas(config: ParallelConfig) -> int | None:
+    """Under hsdp, as many as this rank takes there to be nodes where the configuration does not say it."""
+    if config.strategy != "hsdp":
+        return None
+    return config.replicas or env_world_size() // env_local_world_size()
 
 
 def package_version(name: str) -> str | None:

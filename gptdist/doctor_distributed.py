@@ -4,11 +4,13 @@ It runs under the launcher that will train, takes seconds, and exits with 2 wher
 like the others, data that one of them cannot see, clocks that are apart.
 """
 
+import contextlib
 import dataclasses
 import json as jsonlib
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ from gptdist import config as config_module
 from gptdist.cluster import Facts, check_batch, differences, facts_of, faults_of, who
 from gptdist.config import Config, ParallelConfig
 from gptdist.data.loader import rank_share
-from gptdist.errors import EXIT_DONE, EXIT_USER, ActionableError, MissingError, UserError
+from gptdist.errors import EXIT_DONE, EXIT_USER, ActionableError, LostError, MissingError, UserError
 from gptdist.parallel.measure import Rate, clock_offsets, rates
-from gptdist.parallel.meeting import roll_call
+from gptdist.parallel.meeting import open_store, roll_call
 from gptdist.parallel.world import choose_device, env_rank, env_world_size, join
 
 TIMEOUT_S = 60  # for all ranks to start, and for a collective
+PRINTED = "gptdist/doctor/printed"  # a key of the store
 CLOCK_LIMIT_S = 2.0  # exit.json and logs of different hosts are put in order by their clocks
 
 
@@ -62,9 +65,12 @@ def _measure(found: dict[str, Any], wanted: str, code: int, json: bool) -> int:
     """Add the clocks and rates, print all, agree on the code; a collective call."""
     rank, size = env_rank(), env_world_size()
     if size > 1:
-        device = choose_device(wanted)
-        join(device, rank, size, TIMEOUT_S)
-        clock, measured = clock_offsets(), rates(device)
+        try:
+            device = choose_device(wanted)
+            join(device, rank, size, TIMEOUT_S)
+            clock, measured = clock_offsets(), rates(device)
+        except (LostError, RuntimeError) as error:  # of gloo and NCCL
+            return _apart(found, error, json)
         if rank == 0:
             found |= {"clock": clock, "rates": [dataclasses.asdict(rate) for rate in measured]}
             found["faults"] += _clock_faults(found["ranks"], clock)
@@ -78,10 +84,28 @@ def _measure(found: dict[str, Any], wanted: str, code: int, json: bool) -> int:
     return code
 
 
+def _apart(found: dict[str, Any], error: Exception, json: bool) -> int:
+    """Print what there is where the ranks met in the store, but lose each other; the exit code."""
+    rank = env_rank()
+    store = open_store(rank, env_world_size(), TIMEOUT_S)
+    if rank == 0:
+        reason = " ".join(str(error).split())[:200]
+        found["faults"].append(f"the ranks meet at MASTER_ADDR, but no collective works between them ({reason}): see "
+                               f"that none has died, that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
+                               f"that joins the nodes, and that no firewall closes its ports")
+        _print(found, json)
+        store.set(PRINTED, "")
+    else:
+        with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):  # rank 0 is what has died
+            store.wait([PRINTED], timedelta(seconds=TIMEOUT_S))  # a launcher ends the others with the first
+    return EXIT_USER
+
+
 def _faults(everyone: list[Facts], config: Config | None, size: int) -> list[str]:
     found = [f"{who(facts)}: {text}" for facts, _, text in faults_of(everyone)] + differences(everyone)
-    for name, (identity, problem) in everyone[0]["data"].items():
-        if not identity and not any(facts["data"].get(name, [""])[0] for facts in everyone):
+    for place, (name, (identity, problem)) in enumerate(everyone[0]["data"].items()):  # others may have it elsewhere
+        theirs = [one for facts in everyone for one, _ in list(facts["data"].values())[place:place + 1]]
+        if not identity and not any(theirs):
             found.append(f"no rank can read {name}: {problem}")
     if config is not None:
         found += [str(error) for error in [_attempt(lambda: check_batch(config, size))] if error]

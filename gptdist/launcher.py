@@ -19,8 +19,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,16 +40,18 @@ from gptdist.errors import (
     EXIT_REQUEUE,
     EXIT_USER,
     ActionableError,
+    LockedError,
     MissingError,
     UserError,
 )
-from gptdist.faults import STOPPED, ExitRecord
+from gptdist.faults import STOPPED, ExitRecord, lock_run_dir
+from gptdist.parallel.meeting import is_loopback, is_store
 
 STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # SLURM's --signal=USR1 reaches every process of a step
 HOPELESS_S = 5  # how long workers that lost a peer get to end: they have nothing left to save
-HANDSHAKE_S = 15
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 DEFAULT_PORT = 29400  # torchrun's
+OUTSIDE = "192.0.2.1"  # RFC 5737: no machine has it, so that the way to it is the way out
 
 USAGE = "bash launch/multinode.sh [--hosts HOSTS] [options] CONFIG [--section.key=value ...]"
 DESCRIPTION = """\
@@ -172,7 +173,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     """HOST, HOST:PORT or [IPv6]:PORT."""
     match = re.fullmatch(r"\[?([\w.-]+|[\da-fA-F:.]+(?=\]))\]?(?::(\d{1,5}))?", endpoint)
     port = int(match[2] or DEFAULT_PORT) if match else 0
-    if match is None or port > 65535:
+    if not 0 < port <= 65535:
         raise UserError(f"--endpoint {endpoint} is no HOST:PORT: give a host that all nodes reach and a free port of "
                         f"it, such as node-1:{DEFAULT_PORT}")
     return match[1], port
@@ -202,11 +203,33 @@ def port_is_free(port: int) -> bool:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to `host`; nothing is sent."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port or DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0]
+    """This machine's address on the way to `host`; nothing is sent. Raises UserError where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"no way from this node to {host} ({error.strerror}): give --endpoint a name that every node "
+                        f"knows, the first one too, or its address") from None
+
+
+def address_for_others(host: str, port: int) -> str:
+    """This node's address that the other nodes can use: that towards `host`, the endpoint's.
+
+    The first node may know its own name as 127.0.1.1 alone, as Debian's /etc/hosts has it. Then it is the address of
+    the way out of this machine.
+    """
+    address = address_towards(host, port)
+    if is_loopback(address) and not is_loopback(host):
+        try:
+            address = address_towards(OUTSIDE, port)
+        except UserError:
+            raise UserError(f"{host} is {address} on this node, where the others cannot reach it: give --endpoint this "
+                            f"node's address, or --interface or --local-addr") from None
+        say(f"{host} is a loopback address here, so the other nodes get {address}: --interface or --local-addr gives "
+            f"another")
+    return address
 
 
 def interfaces() -> dict[str, str]:
@@ -237,38 +260,8 @@ def wait_for_endpoint(host: str, port: int, timeout_s: float) -> None:
                 say(f"waiting for {host}:{port} ({error})")
                 told = True
             time.sleep(1)
-    if not is_rendezvous(host, port):
+    if not is_store(host, port):
         raise UserError(taken(host, port))
-
-
-def is_rendezvous(host: str, port: int) -> bool:
-    """Whether a store of torch's answers there. The client waits without end for a program that says nothing."""
-    found = []
-
-    def greet() -> None:
-        with contextlib.suppress(RuntimeError):  # the answer is another program's
-            dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=HANDSHAKE_S))
-            found.append(True)
-
-    client = threading.Thread(target=greet, daemon=True)
-    with quiet():  # the client prints C++ frames for every try
-        client.start()
-        client.join(HANDSHAKE_S + 0.5)
-    return bool(found)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that this process writes to stderr appears, C++ included."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def taken(host: str, port: int) -> str:
@@ -310,7 +303,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         "signal (default: 110)")
     parser.add_argument("--retry-code", type=int, default=EXIT_REQUEUE, metavar="CODE", help="exit code in place of 75 "
                         "(Kubeflow's ExitCode policy retries 128 to 255 alone)")
-    parser.add_argument("--command", choices=("train", "finetune"), default="train", help="of gptdist (default: train)")
+    parser.add_argument("--command", choices=("train", "finetune", "doctor"), default="train",
+                        help="of gptdist; doctor: with --distributed (default: train)")
     parser.add_argument("--stop-at-eof", action="store_true", help="take the end of the input for a stop signal, as "
                         "--hosts does")
     parser.add_argument("config", metavar="CONFIG", help="YAML configuration")
@@ -365,6 +359,28 @@ def check_worlds(config: Config, nodes: range, processes: int) -> None:
 
 def launch(args: argparse.Namespace) -> int:
     config = config_module.load(args.config, args.overrides)
+    try:
+        job, options = prepare(config, args)
+    except ActionableError as error:
+        note(Path(config.run.dir), error)
+        raise
+    words = ["doctor", "--distributed"] if args.command == "doctor" else [args.command]
+    return run_agent(job, options, ["-u", "-m", "gptdist", *words, args.config, *args.overrides])
+
+
+def note(run_dir: Path, error: ActionableError) -> None:
+    """RUN_DIR/exit.json for an error before there are workers. A run that is up there keeps its own."""
+    with contextlib.suppress(OSError, LockedError):  # this error is said on stderr
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with lock_run_dir(run_dir):
+            ExitRecord(run_dir, 0).write(error.exit_code, str(error))
+
+
+def prepare(config: Config, args: argparse.Namespace) -> tuple[Job, api.LaunchConfig]:
+    """Look at all that can be told on this node alone, meet the first node, choose the network.
+
+    Raises UserError or MissingError, Ended where the first node does not come up.
+    """
     low, high = parse_nodes(args.nodes)
     processes = parse_processes(args.processes_per_node)
     check_worlds(config, range(low, high + 1), processes)
@@ -384,8 +400,7 @@ def launch(args: argparse.Namespace) -> int:
         min_nodes=low, max_nodes=high, nproc_per_node=processes, run_id=job_id(config), rdzv_endpoint=endpoint,
         rdzv_backend="c10d", rdzv_configs=rendezvous, max_restarts=args.max_restarts, local_addr=local_addr,
         signals_to_handle=STOP_SIGNALS, shutdown_timeout=args.grace)
-    command = ["-u", "-m", "gptdist", args.command, args.config, *args.overrides]
-    return run_agent(job, options, command)
+    return job, options
 
 
 def job_id(config: Config) -> str:
@@ -415,7 +430,8 @@ def choose_network(args: argparse.Namespace, host: str, port: int) -> str:
                             f"{', '.join(f'{name} ({address})' for name, address in known.items())}")
         os.environ |= {"GLOO_SOCKET_IFNAME": args.interface, "NCCL_SOCKET_IFNAME": args.interface}
         return args.local_addr or known[args.interface]
-    address = args.local_addr or address_towards(host, port)
+    towards = address_for_others if parse_nodes(args.nodes)[1] > 1 else address_towards
+    address = args.local_addr or towards(host, port)
     for name, its_address in known.items():
         if its_address == address:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -7,7 +7,8 @@
 #
 # --hosts takes names with commas, or a file like launch/hostfile.example (a host a line, "slots=8" its processes). It
 # reaches them by $GPTDIST_SSH (default: ssh without passwords), expects this directory and the environment at the same
-# paths there, and its exit code is the first host's. Ctrl-C, SIGTERM or SIGUSR1 here make all of them save and end.
+# paths there, and its exit code is the first host's, or
+# that of the host which ended the job. Ctrl-C, SIGTERM or SIGUSR1 here make all of them save and end.
 # gptdist/launcher.py is a node's part: what is started again, what is not, and the exit codes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -17,13 +18,15 @@ if [ -x "$VENV/bin/python" ]; then export PATH="$VENV/bin:$PATH"; fi
 
 if [ "${1:-}" != --hosts ]; then
   command -v python > /dev/null || die "no python here, and no $VENV: see launch/README.md"
+  python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+    || die "$(command -v python) of $(hostname) has no torch: install this project there, or set GPTDIST_VENV"
   exec python -m gptdist.launcher "$@"
 fi
 
 [ $# -ge 3 ] || die "usage: bash launch/multinode.sh --hosts HOSTS [options] CONFIG [--section.key=value ...]" 2
 hosts=() slots=()
 if [ -f "$2" ]; then
-  while read -r name more; do
+  while read -r name more || [ -n "$name" ]; do  # the last line may have no end
     case "$name" in "" | "#"*) continue ;; esac
     hosts+=("$name")
     case "$more" in *slots=*) more="${more#*slots=}"; slots+=("${more%%[^0-9]*}") ;; *) slots+=("") ;; esac
@@ -35,29 +38,41 @@ fi
 shift 2
 
 for host in "${hosts[@]}"; do
+  [[ "$host" =~ ^[A-Za-z0-9_][A-Za-z0-9_.:@-]*$ ]] || die "--hosts: \"$host\" is no name of a host" 2
   answer="$($SSH "$host" true 2>&1 < /dev/null)" \
-    || die "cannot reach host $host: ${answer:-\"$SSH $host true\" failed}: check its name, and that ssh needs no password"
+    || die "cannot reach host $host: ${answer:-\"$SSH $host true\" failed}: check its name, and that ssh needs no \
+password" 2
 done
 
 # An open pipe is every node's input: its end, also by this machine's death, is their signal to save and end.
 pipe="$(mktemp -u)"
 mkfifo "$pipe"
-trap 'rm -f "$pipe"' EXIT
-exec {hold}<> "$pipe"
+exec {hold}<> "$pipe" {input}< "$pipe"
+rm -f "$pipe"
 stop() { if [ -n "$hold" ]; then exec {hold}>&-; hold=""; fi; }
 trap stop TERM INT HUP USR1
 settings=()
 for name in $(compgen -e); do
+  case "$name" in *_KEY | *_TOKEN | *_SECRET | *_PASSWORD) continue ;; esac  # command lines are for all to see
   case "$name" in NCCL_* | GLOO_* | GPTDIST_* | OMP_NUM_THREADS) settings+=("$name=${!name}") ;; esac
 done
 
+# A host that cannot begin, or ends the job, ends it for all: some may still wait for it to come.
+run_node() {
+  local code=0
+  $SSH "$1" "$2" <&"$input" || code=$?
+  case "$code" in 126 | 127) code=3 ;; esac  # a program is missing
+  case "$code" in 1 | 2 | 3) kill -TERM $$; sleep 1 ;; esac  # bash 5.2 forgets the code of what ends during a trap
+  return "$code"
+}
+
 nodes=()
 for i in "${!hosts[@]}"; do
-  options=(--stop-at-eof --nodes "${#hosts[@]}" --endpoint "${hosts[0]}:29400")
+  options=(--stop-at-eof --nodes "${#hosts[@]}" --endpoint "${hosts[0]#*@}:29400")
   if [ -n "${slots[$i]:-}" ]; then options+=(--processes-per-node "${slots[$i]}"); fi
   options+=("$@")  # later ones win
   words=(env "${settings[@]}" bash "$ROOT/launch/multinode.sh" --node-rank "$i" "${options[@]}")
-  $SSH "${hosts[$i]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${words[@]}")" < "$pipe" {hold}>&- &
+  run_node "${hosts[$i]}" "cd $(printf %q "$PWD") || exit 2; exec $(printf '%q ' "${words[@]}")" {hold}>&- &
   nodes+=($!)
 done
 
@@ -79,6 +94,7 @@ for i in "${!hosts[@]}"; do
   ended="$code"
   if [ "$i" != 0 ]; then ended=0; wait_for "${nodes[$i]}" || ended=$?; fi
   if [ "$ended" != 0 ]; then echo "${0##*/}: host ${hosts[$i]} ended with exit code $ended" >&2; fi
+  case "$ended" in 1 | 2 | 3) if [ "$code" = 75 ]; then code="$ended"; fi ;; esac
 done
 if [ "$code" = 255 ]; then die "the connection to host ${hosts[0]} broke: start again to go on" 75; fi
 exit "$code"

@@ -32,7 +32,7 @@ TRAIN = {
     "device": ([], ["--parallel.device=cuda"]),
 }
 DOCTOR = {"right": ([], []), "wrong": (["--train.tokens_per_step=32"], ["--data.path={out}/nowhere"]),
-          "unreadable": ([], ["--model.n_heads=5"]), "clock": ([], [])}
+          "unreadable": ([], ["--model.n_heads=5"]), "clock": ([], []), "apart": ([], [])}
 
 
 def main(data: Path, out: Path) -> None:
@@ -49,7 +49,9 @@ def main(data: Path, out: Path) -> None:
         path.write_text(config_module.to_yaml(tiny_config(data, out / "none")))
         skew = 30.0 if name == "clock" and RANK == 1 else 0.0
         words = words_of(overrides, out)
-        with mock.patch.object(measure, "now_s", lambda skew=skew: time.time() + skew):
+        broken = RuntimeError("connectFullMesh failed") if name == "apart" else None
+        with (mock.patch.object(measure, "now_s", lambda skew=skew: time.time() + skew),
+              mock.patch.object(doctor_distributed, "rates", side_effect=broken, wraps=measure.rates)):
             results[f"doctor-{name}"] = ended(lambda path=path, name=name, words=words: doctor_distributed.run(
                 str(path), words, json=name == "clock"))
     (out / f"results-{RANK}.json").write_text(json.dumps(results))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptdist import cluster
+from gptdist import cluster, doctor_distributed
 from gptdist import config as config_module
 from gptdist.cli import main
 from gptdist.cluster import comparable, data_facts, differences, facts_of, judge_start
@@ -99,6 +99,13 @@ def test_doctor_where_a_rank_cannot_begin(results):
     assert [end["code"] for end in ends] == [2, 2]
     assert re.search(f"fault: {TRAIN['bad']}", ends[0]["out"])
     assert "all-gather" not in ends[0]["out"]
+
+
+def test_doctor_shows_what_it_has_where_no_collective_works(results):
+    ends = results[0]["doctor-apart"]
+    assert [end["code"] for end in ends] == [2, 2]
+    assert "fault: the ranks meet at MASTER_ADDR, but no collective works between them (connectF" in ends[0]["out"]
+    assert ends[0]["out"].count(socket.gethostname()[:20]) >= 2
 
 
 def test_clocks_are_compared_by_round_trips(results):
@@ -191,6 +198,18 @@ def test_a_store_that_cannot_be_opened_is_named(environment, message, monkeypatc
             meeting.open_store.__wrapped__(0, 2, 5)
 
 
+def test_a_port_of_a_program_that_says_nothing_is_named(monkeypatch):
+    """torch's client would wait for its answer without end."""
+    monkeypatch.setattr(meeting, "HANDSHAKE_S", 0.2)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 .* is taken by another program"):
+            meeting.open_store.__wrapped__(1, 2, 5)
+
+
 # One process
 
 
@@ -232,6 +251,29 @@ def test_missing_shards_and_altered_data_are_seen(dataset, tmp_path):
     (copy / "train" / "meta.json").write_text((copy / "train" / "meta.json").read_text() + " ")
     [line] = differences([facts_of(ours), facts_of(theirs) | {"rank": 1, "host": "b"}])
     assert re.match(r"data\.path=.*/copy is train \w{12}, val \w{12}, tokenizer \w{12} for rank 1 on b, train ", line)
+
+
+def test_data_that_one_rank_has_elsewhere_is_not_said_to_be_nowhere(dataset, tmp_path):
+    there = tiny_config(dataset, tmp_path)
+    everyone = [facts_of(tiny_config(tmp_path / "nowhere", tmp_path)), facts_of(there) | {"rank": 1, "host": "b"}]
+    [line] = doctor_distributed._faults(everyone, there, 2)
+    assert line.startswith("rank 0 on ")
+    assert "cannot read data.path=" in line
+
+
+def test_nodes_with_unlike_numbers_of_processes_need_replicas(dataset, tmp_path, monkeypatch):
+    def fault(*options):
+        config = tiny_config(dataset, tmp_path, "--parallel.strategy=hsdp", *options)
+        everyone = []
+        for rank, processes in enumerate("84"):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+            everyone.append(facts_of(config) | {"rank": rank, "host": "ab"[rank]})
+        return differences(everyone)
+
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert fault() == ["replicas of hsdp is 3 for rank 1 on b, 1 for rank 0 on a: set parallel.replicas, for the nodes "
+                       "do not have equally many processes"]
+    assert fault("--parallel.replicas=2") == []
 
 
 def test_files_of_examples_are_compared_by_content(tmp_path):

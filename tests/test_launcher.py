@@ -12,9 +12,11 @@ import time
 import pytest
 import yaml
 
+from gptdist import config as config_module
 from gptdist import launcher
 from gptdist.errors import EXIT_BUG, EXIT_MISSING, EXIT_REQUEUE, EXIT_USER, LockedError, UserError
 from gptdist.faults import STOPPED, lock_run_dir
+from gptdist.parallel import meeting
 from gptdist.train_command import LOST_RANK
 from tests.conftest import ROOT
 from tests.launching import ENV, SLOW, exit_record, start, steps_done, tails, wait_until, write_config
@@ -72,7 +74,7 @@ def test_endpoints(text, expected):
     assert launcher.split_endpoint(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a b", "node:port", "node:99999", ":29400"])
+@pytest.mark.parametrize("text", ["", "a b", "node:port", "node:99999", "node:0", ":29400"])
 def test_bad_endpoints(text):
     with pytest.raises(UserError, match="is no HOST:PORT"):
         launcher.split_endpoint(text)
@@ -120,7 +122,7 @@ def listener(answer=b""):
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch):
-    monkeypatch.setattr(launcher, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(meeting, "HANDSHAKE_S", 0.2)
     with listener() as port:
         for rank in (0, None, 1):  # the first node, one that asks if it is it, and another
             with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 is taken by another program: give all"):
@@ -138,6 +140,34 @@ def test_a_first_node_that_does_not_come_up_is_named(capsys):
     assert caught.value.code == EXIT_REQUEUE
     with pytest.raises(launcher.Ended, match="is the first node up, and --endpoint right"):
         launcher.meet("no-such-host.invalid", 1, 1, timeout_s=0)
+
+
+def test_a_first_node_whose_name_is_a_loopback_address_gives_the_others_another(monkeypatch, capsys):
+    """Debian's /etc/hosts has 127.0.1.1 for the machine's own name."""
+    ways = {"node-1": "127.0.0.1", "node-2": "10.0.0.8", "localhost": "127.0.0.1", launcher.OUTSIDE: "10.0.0.7"}
+    monkeypatch.setattr(launcher, "address_towards", lambda host, port: ways[host])
+    found = {host: launcher.address_for_others(host, 29400) for host in ways}
+    assert found == ways | {"node-1": "10.0.0.7"}
+    assert "node-1 is a loopback address here, so the other nodes get 10.0.0.7" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_the_first_node_does_not_know_is_named():
+    with pytest.raises(UserError, match=r"no way from this node to no-such-host\.invalid \(.*\): give"):
+        launcher.address_towards("no-such-host.invalid", 29400)
+
+
+def test_what_is_found_before_there_are_workers_is_recorded(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(config_module.to_yaml(tiny_config(tmp_path, tmp_path / "run")))
+    words = ["--nodes", "40", "--endpoint", "127.0.0.1:29400", str(config)]
+    assert launcher.main(words) == EXIT_USER
+    record = exit_record(tmp_path / "run")
+    assert record["code"] == EXIT_USER
+    assert "world size 40 is larger" in record["message"]
+    (tmp_path / "run" / "exit.json").unlink()
+    with lock_run_dir(tmp_path / "run"):  # a run is up there
+        assert launcher.main(words) == EXIT_USER
+    assert not (tmp_path / "run" / "exit.json").exists()
 
 
 def test_this_machine_knows_itself():
@@ -190,11 +220,35 @@ def fake_ssh(tmp_path):
 
 def test_an_unknown_host_is_named_before_anything_starts(tmp_path, fake_ssh):
     hostfile = tmp_path / "hosts"
-    hostfile.write_text("# two hosts\nlocalhost slots=1\n\nnowhere slots=1\n")
+    hostfile.write_text("# two hosts\nlocalhost slots=1\n\nnowhere slots=1")  # whose last line has no end
     done = multinode("--hosts", hostfile, "configs/debug.yaml", GPTDIST_SSH=fake_ssh)
-    assert (done.returncode, done.stdout) == (EXIT_MISSING, "")
+    assert (done.returncode, done.stdout) == (EXIT_USER, "")
     assert done.stderr == ("multinode.sh: cannot reach host nowhere: ssh: unknown host nowhere: check its name, and "
                            "that ssh needs no password\n")
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch_me", "a b", "node-1\r"])
+def test_what_is_no_host_is_not_given_to_ssh(fake_ssh, host):
+    done = multinode("--hosts", f"localhost,{host}", "configs/debug.yaml", GPTDIST_SSH=fake_ssh)
+    assert done.returncode == EXIT_USER
+    assert "is no name of a host" in done.stderr
+
+
+def test_a_host_that_cannot_begin_ends_the_job_for_the_others(tmp_path):
+    """Those would wait for it, for ten minutes. Nor do command lines have secrets in them."""
+    log, ssh, node = tmp_path / "words", tmp_path / "ssh", tmp_path / "bash"
+    ssh.write_text(f'#!/bin/bash\nshift\necho "$*" >> {log}\nPATH={tmp_path}:$PATH\nexec /bin/bash -c "$*"\n')
+    node.write_text('#!/bin/sh\ncase "$*" in *"--node-rank 1"*) exit 127 ;; esac\ncat\nexit 75\n')
+    for path in (ssh, node):
+        path.chmod(0o755)
+    done = multinode("--hosts", "me@one,me@two", "c.yaml", GPTDIST_SSH=str(ssh), GPTDIST_API_KEY="hush", NCCL_DEBUG="I")
+    assert done.returncode == EXIT_MISSING, done.stderr
+    assert "host me@one ended with exit code 75" in done.stderr
+    assert "host me@two ended with exit code 3" in done.stderr
+    words = log.read_text()
+    assert words.count("--endpoint one:29400") == 2
+    assert "NCCL_DEBUG=I" in words
+    assert "hush" not in words
 
 
 def test_bad_input_that_workers_find_ends_the_job_with_its_code(dataset, tmp_path):
@@ -289,6 +343,29 @@ def test_the_kubernetes_job_has_what_the_operator_and_the_launcher_need(monkeypa
     assert (ROOT / args.config).exists()
     shared = next(m["mountPath"] for m in container["volumeMounts"] if m["name"] == "shared")
     assert all(value.partition("=")[2].startswith(shared) for value in args.overrides)
+
+
+@pytest.mark.parametrize(("code", "after_s", "requeued"), [
+    (0, 700, False), (1, 700, False), (2, 700, False), (75, 0, True), (137, 0, False), (137, 700, True)])
+def test_what_the_slurm_job_is_requeued_for(tmp_path, code, after_s, requeued):
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/srun-words\nexit {code}\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ $1 = show ] && echo n0 || echo $@ > {tmp_path}/requeued\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "30007", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[0-1]", "SECONDS": str(after_s),
+             "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def sbatch(**more):
+        return subprocess.run(["bash", "launch/train.sbatch", "c d.yaml"], cwd=ROOT, env=slurm | more,
+                              capture_output=True, text=True)
+
+    done = sbatch()
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "requeued").exists() == requeued
+    assert "--nodes 2 --endpoint n0:20007 c d.yaml" in (tmp_path / "srun-words").read_text()
+    done = sbatch(SLURM_NTASKS_PER_NODE="8")  # a habit: a process for each GPU
+    assert done.returncode == EXIT_USER
+    assert "leave --ntasks-per-node out" in done.stderr
 
 
 def test_the_slurm_job_saves_before_its_time_limit():

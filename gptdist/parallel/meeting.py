@@ -4,13 +4,16 @@
     exchange    between the ranks of the process group
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import os
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +24,7 @@ from gptdist.errors import LostError, UserError
 
 T = TypeVar("T")
 _CALLS = itertools.count()  # the keys of one call are not those of the next
+HANDSHAKE_S = 15
 READ_S = 10  # how long the rank that may serve the store waits for the others to have read the judgement
 
 
@@ -36,8 +40,11 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
     if not address or not port:
         raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: "
                         f"start them with torchrun or deepspeed, or set both")
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
     try:
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and is_loopback(address):
+        if rank != 0 and not served:
+            _wait_for_store(address, int(port), timeout_s)
+        if rank == 0 and not served and is_loopback(address):
             listening = socket.create_server(("127.0.0.1", int(port)))
             return dist.TCPStore(address, int(port), size, True, timeout, wait_for_workers=False,
                                  master_listen_fd=listening.detach())
@@ -50,8 +57,59 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
             f"reaches") from error
 
 
+def _wait_for_store(host: str, port: int, timeout_s: float) -> None:
+    """Return when a store answers there, or none has come up. Raises UserError where another program answers."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if _accepts(host, port):
+            if is_store(host, port):
+                return
+            if _accepts(host, port):  # else it was the store of rank 0, which has died
+                raise UserError(f"port {port} of {host} (MASTER_ADDR, MASTER_PORT) is taken by another program: give "
+                                f"the launcher another port")
+        time.sleep(0.2)
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5) as connection:
+            return connection.getsockname() != connection.getpeername()  # where nobody listens it may meet itself
+    except OSError:
+        return False
+
+
+def is_store(host: str, port: int) -> bool:
+    """Whether a store of torch's answers there. The client waits without end for a program that says nothing."""
+    found = []
+
+    def greet() -> None:
+        with contextlib.suppress(RuntimeError):  # the answer is another program's
+            dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=HANDSHAKE_S))
+            found.append(True)
+
+    client = threading.Thread(target=greet, daemon=True)
+    with _quiet():  # the client prints C++ frames for every try
+        client.start()
+        client.join(HANDSHAKE_S + 0.5)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that this process writes to stderr appears, C++ included."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.")
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: int, timeout_s: int) -> T:
