@@ -444,7 +444,8 @@ def _add_serve(commands) -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one answer may take (default: "
                                                                      "%(default)s)")
     parser.add_argument("--send-timeout", type=float, default=60.0, help="seconds after which a client that reads "
-                                                                         "nothing is cut off (default: %(default)s)")
+                                                                         "nothing is cut off, on Linux (default: "
+                                                                         "%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")

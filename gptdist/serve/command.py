@@ -99,7 +99,8 @@ def listen(host: str, port: int, send_timeout_s: float = SEND_TIMEOUT_S) -> sock
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Its connections inherit it. uvicorn bounds no write, and closes a connection only when all is sent.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * send_timeout_s))
+        if sys.platform == "linux":  # no other system has it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * send_timeout_s))
         listener.bind(address)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port or --host"
