@@ -110,7 +110,7 @@ def test_neighbouring_holes_join_unless_something_lies_between(joins):
 
 def test_memory_counts_from_when_it_is_touched():
     process = Process(on_cpu=True)
-    process.take("buffers", "bucket", 1 << 20, touched=False)
+    process.take("buffers", "bucket", 1 << 20, touched=False, brief=True)
     assert process.peak == 0
     process.touch("bucket", 1 << 10)
     assert process.peak == 1 << 10
