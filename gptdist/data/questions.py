@@ -35,8 +35,9 @@ ASKED_COMMON = (
     "In Python, what does {name} do?", "I came across {name}. What is it?", "Summarize {name}.",
     "Give me a short description of {name}.", "What happens when I use {name}?", "What can I do with {name}?",
     "When should I use {name}?", "Why does Python have {name}?", "I do not know {name}. Explain it.",
-    "I want to understand {name}.", "Please describe {name}.", "Could you explain what {name} does?", "Do you know {name}?",
-    "Say what {name} does.", "How do I use {name}?", "My program calls {name}. What for?", "{name}?")
+    "I want to understand {name}.", "Please describe {name}.", "Could you explain what {name} does?",
+    "Do you know {name}?", "Say what {name} does.", "How do I use {name}?", "My program calls {name}. What for?",
+    "{name}?")
 COMMON_HELD_OUT = (ASKED_HELD_OUT, "I forgot what {name} does.", "Why would a program need {name}?")
 LONGEST = 180  # characters of a conversation of several questions: 128 tokens of the quickstart's hold it
 
