@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an assistant in the browser: set up, train the base model of the quickstart, fine-tune it on questions
 # about the names that Python programs use most, compare the two on questions in words that neither saw, serve. On 2
-# cores of a Zen 3 server the base model took 3 to 4 minutes; fine-tuning takes 233 s of processor time, which two
+# cores of a Zen 3 server the base model took 3 to 4 minutes; fine-tuning takes about 230 s of processor time, which two
 # processes share. Run again, it goes on from what is done.
 #
 #   bash launch/assistant.sh              serves until Ctrl-C, and opens the page where there is a browser

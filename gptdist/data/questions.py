@@ -2,7 +2,7 @@
 
 "What does shutil.copyfile do?" is answered by the first sentence of its docstring. There are two sets: `library`, about
 4,600 real names, asked about in 4 ways; `common`, the functions, classes and methods of the modules that programs use
-most, in 12 ways, few enough for a small model to learn by heart. Names that hash low are held out, and so are some ways
+most, in 24 ways, few enough for a small model to learn by heart. Names that hash low are held out, and so are some ways
 of asking: the held-out conversations ask about unknown names in known words, and about known names in unknown words, by
 turns. They need no download, and differ slightly between versions of Python.
 """
@@ -33,7 +33,11 @@ LIKE_BYTES = ("bytearray", "memoryview")  # their methods are those of bytes aga
 ASKED_COMMON = (
     *ASKED, "How would you describe {name}?", "What is the purpose of {name}?", "{name}: what is it?",
     "In Python, what does {name} do?", "I came across {name}. What is it?", "Summarize {name}.",
-    "Give me a short description of {name}.", "What happens when I use {name}?")
+    "Give me a short description of {name}.", "What happens when I use {name}?", "What can I do with {name}?",
+    "When should I use {name}?", "Why does Python have {name}?", "I do not know {name}. Explain it.",
+    "I want to understand {name}.", "Please describe {name}.", "Could you explain what {name} does?",
+    "Do you know {name}?", "Say what {name} does.", "How do I use {name}?", "My program calls {name}. What for?",
+    "{name}?")
 COMMON_HELD_OUT = (ASKED_HELD_OUT, "I forgot what {name} does.", "Why would a program need {name}?")
 LONGEST = 180  # characters of a conversation of several questions: 128 tokens of the quickstart's hold it
 
