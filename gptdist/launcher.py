@@ -309,7 +309,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         "--hosts does")
     parser.add_argument("config", metavar="CONFIG", help="YAML configuration")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("max_restarts", "join_timeout", "last_call", "keep_alive", "grace"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
+    return args
 
 
 def parse_nodes(nodes: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from gptdist import cluster, doctor_distributed
 from gptdist import config as config_module
 from gptdist.cli import main
 from gptdist.cluster import comparable, data_facts, differences, facts_of, judge_start
-from gptdist.errors import MissingError, UserError
+from gptdist.errors import LostError, MissingError, UserError
 from gptdist.metrics import read_rows
 from gptdist.parallel import meeting
 from gptdist.parallel.rank_times import RankTimes
@@ -208,6 +208,8 @@ def test_a_port_of_a_program_that_says_nothing_is_named(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 .* is taken by another program"):
             meeting.open_store.__wrapped__(1, 2, 5)
+    with pytest.raises(LostError, match="nothing answered within 1 s: give the launcher a host and a free port"):
+        meeting.open_store.__wrapped__(1, 2, 1)
 
 
 # One process

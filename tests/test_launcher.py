@@ -86,6 +86,13 @@ def test_bad_numbers_of_nodes(nodes):
         launcher.parse_nodes(nodes)
 
 
+def test_negative_times_and_counts(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launcher.parse(["--max-restarts", "-1", "c.yaml"])
+    assert ended.value.code == EXIT_USER
+    assert "--max-restarts is -1, expected 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "nodes", "message"), [
     ([], range(1, 13), "--nodes 1:12 with 1 processes per node: world size 12 is larger than the 11 sequences"),
     (["--parallel.strategy=single"], range(1, 3), "may have 2 processes, but parallel.strategy=single"),

@@ -58,7 +58,7 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
 
 
 def _wait_for_store(host: str, port: int, timeout_s: float) -> None:
-    """Return when a store answers there, or none has come up. Raises UserError where another program answers."""
+    """Return when a store answers there. Raises UserError where another program does, DistNetworkError where none."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if _accepts(host, port):
@@ -68,6 +68,7 @@ def _wait_for_store(host: str, port: int, timeout_s: float) -> None:
                 raise UserError(f"port {port} of {host} (MASTER_ADDR, MASTER_PORT) is taken by another program: give "
                                 f"the launcher another port")
         time.sleep(0.2)
+    raise dist.DistNetworkError(f"nothing answered within {timeout_s:.0f} s")
 
 
 def _accepts(host: str, port: int) -> bool:
