@@ -1,8 +1,9 @@
 """Bytes of the tensors of a run: weights, what a block saves for its backward, the head's chunks."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from gptdist.config import Config
 from gptdist.plan.devices import Device
@@ -130,14 +131,16 @@ class Sizes:
         """AdamW has two of each parameter, Muon a momentum alone of the blocks' matrices."""
         return 1 if self.config.optim.name == "muon" and w.unit != OUTSIDE and w.product else 2
 
-    def parts(self, matrix: bool) -> list[list[int]]:
-        """For each of ZeRO's ranks, how many elements of each of its parameters lie in its part of a group."""
-        group = [w.size for w in self.weights if w.trained and w.matrix is matrix]
-        each = sum(group) / self.shards
-        starts = [0, *accumulate(group)]
-        spans = [list(pairwise(starts)) for _ in range(self.shards)]
-        return [[(stop - start, min(stop, (i + 1) * each) - max(start, i * each)) for start, stop in span
-                 if min(stop, (i + 1) * each) > max(start, i * each)] for i, span in enumerate(spans)]
+    def parts(self, matrix: bool) -> list[list[tuple[int, float]]]:
+        """For each of ZeRO's ranks, of its part of a group: the sizes of the parameters there, and how much lies in it."""
+        starts = [0, *accumulate(w.size for w in self.weights if w.trained and w.matrix is matrix)]
+        each = starts[-1] / self.shards
+        found = []
+        for i in range(self.shards):
+            begin, end = i * each, (i + 1) * each
+            inside = range(max(bisect_right(starts, begin) - 1, 0), min(bisect_left(starts, end), len(starts) - 1))
+            found.append([(starts[k + 1] - starts[k], min(starts[k + 1], end) - max(starts[k], begin)) for k in inside])
+        return found
 
     @cached_property
     def largest_part(self) -> float:
