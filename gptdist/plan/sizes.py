@@ -132,7 +132,7 @@ class Sizes:
         return 1 if self.config.optim.name == "muon" and w.unit != OUTSIDE and w.product else 2
 
     def parts(self, matrix: bool) -> list[list[tuple[int, float]]]:
-        """For each of ZeRO's ranks, of its part of a group: the sizes of the parameters there, and how much lies in it."""
+        """For each of ZeRO's ranks: the sizes of a group's parameters in its part, and how much of each lies there."""
         starts = [0, *accumulate(w.size for w in self.weights if w.trained and w.matrix is matrix)]
         each = starts[-1] / self.shards
         found = []
