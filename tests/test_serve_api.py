@@ -212,8 +212,8 @@ def test_no_other_origin_is_let_in(server):
 
 
 def test_a_full_queue_says_when_to_come_back():
-    with running(tiny_served(), limits=Limits(rows=1, queue=2), slow_s=0.02) as server:
-        ask = dict(prompt="x", max_tokens=60, temperature=1)
+    with running(tiny_served(), limits=Limits(rows=1, queue=2), slow_s=0.1) as server:
+        ask = dict(prompt="x", max_tokens=60, temperature=1, seed=1)  # an answer of 6 s
         with ThreadPoolExecutor(3) as pool:
             jobs = [pool.submit(server.post, "/v1/completions", **ask) for _ in range(3)]
             wait_for(lambda: len(server.engine.waiting) == 2)
