@@ -265,6 +265,14 @@ def test_a_reader_that_does_not_read_holds_up_nobody():
         wait_for(lambda: idle(server))
 
 
+def test_each_piece_of_a_stream_is_sent_at_once():
+    """With Nagle's algorithm a piece waits for the acknowledgement of the one before, 40 ms."""
+    with running(tiny_served()) as server:
+        server.post("/v1/completions", prompt="y", max_tokens=2)
+        [connection] = server._server.server_state.connections  # kept alive
+        assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def read_all(connection: socket.socket) -> None:
     while connection.recv(1 << 16):
         pass

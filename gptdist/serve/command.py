@@ -96,7 +96,8 @@ def listen(host: str, port: int, send_timeout_s: float = SEND_TIMEOUT_S) -> sock
                         f"seconds")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
+        # asyncio sends small writes at once (TCP_NODELAY) where the protocol is named; else a stream's wait 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Its connections inherit it. uvicorn bounds no write, and closes a connection only when all is sent.
         if sys.platform == "linux":  # no other system has it
