@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to an assistant in the browser: set up, train the base model of the quickstart, fine-tune it on questions
 # about the names that Python programs use most, compare the two on questions in words that neither saw, serve. On 2
-# cores of a Zen 3 server the base model took 3 to 4 minutes; fine-tuning takes about 230 s of processor time, which two
-# processes share. Run again, it goes on from what is done.
+# cores of a Zen 3 server the base model took 246 s, fine-tuning and comparison 181 s: 61 of 100 questions are answered
+# word by word, of the base model none. Run again, it goes on from what is done.
 #
 #   bash launch/assistant.sh              serves until Ctrl-C, and opens the page where there is a browser
 #   bash launch/assistant.sh --no-serve   ends before that
