@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from gptdist import cluster, doctor_distributed
 from gptdist import config as config_module
@@ -327,3 +330,20 @@ def test_rank_times_are_nothing_for_one_process():
         pass
     times.end_step(0.0)
     assert times.row() == {}
+
+
+def test_nodes_that_were_started_again_unlike_often_meet(monkeypatch):
+    """torchrun's count of restarts is each node's own: of one that comes back it is 0 again."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    monkeypatch.setattr(meeting, "open_store", lambda *_: store)
+    monkeypatch.setattr(meeting, "_CALLS", iter([0, 0]))  # the first call of each process
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with ThreadPoolExecutor(1) as pool:
+        stayed = pool.submit(meeting.roll_call, "stayed", sorted, rank=1, size=2, timeout_s=20)
+        while not store.num_keys():
+            time.sleep(0.01)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        came_back = meeting.roll_call("came back", sorted, rank=0, size=2, timeout_s=20)
+        assert stayed.result() == came_back == ["came back", "stayed"]

@@ -40,11 +40,10 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
     if not address or not port:
         raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: "
                         f"start them with torchrun or deepspeed, or set both")
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
     try:
-        if rank != 0 and not served:
+        if rank != 0 and not served_by_agent():
             _wait_for_store(address, int(port), timeout_s)
-        if rank == 0 and not served and is_loopback(address):
+        if rank == 0 and not served_by_agent() and is_loopback(address):
             listening = socket.create_server(("127.0.0.1", int(port)))
             return dist.TCPStore(address, int(port), size, True, timeout, wait_for_workers=False,
                                  master_listen_fd=listening.detach())
@@ -55,6 +54,11 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
             f"the processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): "
             f"{' '.join(str(error).split())[:200]}: give the launcher a host and a free port that every node "
             f"reaches") from error
+
+
+def served_by_agent() -> bool:
+    """Whether torchrun's agent serves the store, else rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _wait_for_store(host: str, port: int, timeout_s: float) -> None:
@@ -120,8 +124,10 @@ def roll_call(facts: Any, judge: Callable[[list[Any]], T], *, rank: int, size: i
     """
     if size == 1:
         return judge([facts])
-    attempt, call = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_CALLS)
-    store = dist.PrefixStore(f"gptdist/roll_call/{attempt}.{call}", open_store(rank, size, timeout_s))
+    # A store of rank 0's is of this start alone. torchrun's stays for the next one, so the count of restarts tells them
+    # apart; elsewhere it must not: a node that comes back begins with another count than those that stayed.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if served_by_agent() else "0"
+    store = dist.PrefixStore(f"gptdist/roll_call/{attempt}.{next(_CALLS)}", open_store(rank, size, timeout_s))
     try:
         if rank != 0:
             store.set(str(rank), json.dumps(facts))
