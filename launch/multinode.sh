@@ -62,37 +62,33 @@ run_node() {
   local code=0
   $SSH "$1" "$2" <&"$input" || code=$?
   case "$code" in 126 | 127) code=3 ;; esac  # a program is missing
-  case "$code" in 1 | 2 | 3) kill -TERM $$; sleep 1 ;; esac  # bash 5.2 forgets the code of what ends during a trap
-  return "$code"
+  echo "$code" > "$codes/$3"  # bash 5.2 forgets the code of what ends during a trap
+  case "$code" in 1 | 2 | 3) kill -TERM $$ ;; esac
 }
 
+codes="$(mktemp -d)"
+trap 'rm -rf "$codes"' EXIT
 nodes=()
 for i in "${!hosts[@]}"; do
   options=(--stop-at-eof --nodes "${#hosts[@]}" --endpoint "${hosts[0]#*@}:29400")
   if [ -n "${slots[$i]:-}" ]; then options+=(--processes-per-node "${slots[$i]}"); fi
   options+=("$@")  # later ones win
   words=(env "${settings[@]}" bash "$ROOT/launch/multinode.sh" --node-rank "$i" "${options[@]}")
-  run_node "${hosts[$i]}" "cd $(printf %q "$PWD") || exit 2; exec $(printf '%q ' "${words[@]}")" {hold}>&- &
+  run_node "${hosts[$i]}" "cd $(printf %q "$PWD") || exit 2; exec $(printf '%q ' "${words[@]}")" "$i" {hold}>&- &
   nodes+=($!)
 done
 
-# wait_for PID: its exit code; a trapped signal interrupts only the waiting.
+# wait_for I: sets `ended` to the exit code of host I; a trapped signal interrupts only the waiting.
 wait_for() {
-  local code=0
-  wait "$1" || code=$?
-  while [ "$code" -gt 128 ] && kill -0 "$1" 2> /dev/null; do
-    code=0
-    wait "$1" || code=$?
-  done
-  return "$code"
+  while kill -0 "${nodes[$1]}" 2> /dev/null; do wait "${nodes[$1]}" || true; done
+  ended="$(cat "$codes/$1" 2> /dev/null || echo 255)"
 }
 
-code=0
-wait_for "${nodes[0]}" || code=$?
+wait_for 0
+code="$ended"
 stop  # the first host had the rendezvous: without it the others cannot go on
 for i in "${!hosts[@]}"; do
-  ended="$code"
-  if [ "$i" != 0 ]; then ended=0; wait_for "${nodes[$i]}" || ended=$?; fi
+  wait_for "$i"
   if [ "$ended" != 0 ]; then echo "${0##*/}: host ${hosts[$i]} ended with exit code $ended" >&2; fi
   case "$ended" in 1 | 2 | 3) if [ "$code" = 75 ]; then code="$ended"; fi ;; esac
 done
