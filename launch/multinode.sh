@@ -7,8 +7,8 @@
 #
 # --hosts takes names with commas, or a file like launch/hostfile.example (a host a line, "slots=8" its processes). It
 # reaches them by $GPTDIST_SSH (default: ssh without passwords), expects this directory and the environment at the same
-# paths there, and its exit code is the first host's, or
-# that of the host which ended the job. Ctrl-C, SIGTERM or SIGUSR1 here make all of them save and end.
+# paths there, and its exit code is the first host's, or that of the host which ended the job. Ctrl-C, SIGTERM or SIGUSR1
+# here make all of them save and end.
 # gptdist/launcher.py is a node's part: what is started again, what is not, and the exit codes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
