@@ -553,6 +553,11 @@ class LoRAConfig:
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"lora.targets is {self.targets!r}, expected a regular expression: {error}") from error
 
+    @property
+    def target_pattern(self) -> re.Pattern:
+        """Of the whole names of the layers that are adapted."""
+        return re.compile(rf"(?:.*\.)?(?:{self.targets})")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

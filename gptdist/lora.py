@@ -93,10 +93,7 @@ def targets_of(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     lora.targets is a regular expression of whole names or of their ends: `attn.qkv` means that of every block.
     """
-    try:
-        pattern = re.compile(rf"(?:.*\.)?(?:{config.targets})")
-    except re.error as error:
-        raise UserError(f"lora.targets={config.targets!r} is not a regular expression: {error}") from error
+    pattern = config.target_pattern
     found = [name for name in linear_layers(model) if pattern.fullmatch(name)]
     if not found:
         kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in linear_layers(model))

@@ -4,7 +4,6 @@ Letters as in model.py: B sequences of T tokens, C channels, H query and Hkv key
 units, V rows of the (padded) vocabulary; t processes divide the layers among them.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -212,4 +211,4 @@ def _block(config: Config, n: Parameters, block: int, trained: bool) -> list[Wei
 
 def adapted(config: Config, name: str) -> bool:
     """Whether a block's matrix gets an adapter (lora.targets_of)."""
-    return config.lora.rank > 0 and re.fullmatch(rf"(?:.*\.)?(?:{config.lora.targets})", f"blocks.0.{name}") is not None
+    return config.lora.rank > 0 and config.lora.target_pattern.fullmatch(f"blocks.0.{name}") is not None
