@@ -215,7 +215,9 @@ def test_a_full_queue_says_when_to_come_back():
     with running(tiny_served(), limits=Limits(rows=1, queue=2), slow_s=0.1) as server:
         ask = dict(prompt="x", max_tokens=60, temperature=1, seed=1)  # an answer of 6 s
         with ThreadPoolExecutor(3) as pool:
-            jobs = [pool.submit(server.post, "/v1/completions", **ask) for _ in range(3)]
+            jobs = [pool.submit(server.post, "/v1/completions", **ask)]
+            wait_for(lambda: server.engine.rows)  # the queue takes two beside it
+            jobs += [pool.submit(server.post, "/v1/completions", **ask) for _ in range(2)]
             wait_for(lambda: len(server.engine.waiting) == 2)
             done = server.post("/v1/completions", **ask)
             assert (done.status_code, done.json()["error"]["type"]) == (429, "rate_limit_error")
@@ -342,7 +344,7 @@ def test_metrics(alone):
     with running(tiny_served()) as server:
         server.post("/v1/completions", prompt="x" * 40, max_tokens=5, temperature=0)
         server.post("/v1/completions", prompt="x" * 40, max_tokens=5, temperature=0)
-        server.post("/v1/completions", prompt="")
+        server.post("/v1/completions", prompt="", temperature=0)  # 16 tokens, the protocol's default
         assert server.metric('gptdist_requests_total{path="/v1/completions",status="200"}') == 3
         assert server.metric("gptdist_prompt_tokens_total") == 81
         assert server.metric("gptdist_cached_prompt_tokens_total") == 32
