@@ -19,7 +19,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -77,7 +77,9 @@ class Job:
     max_nodes: int
     max_restarts: int
     grace_s: int
-    began: float = dataclasses.field(default_factory=time.time)
+    # when this process began, imports and all: a node beside it may have failed while these were under way
+    began: float = dataclasses.field(default_factory=lambda: time.time() - time.process_time())
+    workers_up: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def elastic(self) -> bool:
@@ -93,6 +95,35 @@ class Job:
 
     def newest_checkpoint(self) -> str:
         return max((path.name for path in (self.run_dir / "checkpoints").glob("step-*")), default="")
+
+    def refusal(self) -> dict | None:
+        """The record of a node that found before there were workers why there can be none."""
+        record = self.record()
+        return record if record and record["code"] in (EXIT_USER, EXIT_MISSING) else None
+
+
+@contextlib.contextmanager
+def heeding_refusals(job: Job) -> Iterator[None]:
+    """Until the workers are up, a refusal by another node raises Ended here: that node will not come."""
+    def ended(number: int, frame: object) -> None:
+        record = job.refusal()
+        raise Ended(record["code"], f"another node ended: {record['message']}")
+
+    def watch() -> None:
+        while not job.workers_up.wait(timeout=1):
+            if job.refusal():
+                os.kill(os.getpid(), signal.SIGUSR2)
+                return
+
+    before = signal.signal(signal.SIGUSR2, ended)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        job.workers_up.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, before)
 
 
 def judge(job: Job, exit_code: int, record: dict | None) -> str:
@@ -119,6 +150,10 @@ class Agent(LocalElasticAgent):
         super().__init__(**options)
         self._job = job
         self._checkpoint = job.newest_checkpoint()
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
+        self._job.workers_up.set()
+        return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -307,6 +342,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="of gptdist; doctor: with --distributed (default: train)")
     parser.add_argument("--stop-at-eof", action="store_true", help="take the end of the input for a stop signal, as "
                         "--hosts does")
+    parser.add_argument("--refuse", metavar="MESSAGE", help="start nothing: end with 2 and this message in "
+                        "RUN_DIR/exit.json, as --hosts does of a host that it cannot reach")
     parser.add_argument("config", metavar="CONFIG", help="YAML configuration")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
     args = parser.parse_args(argv)
@@ -364,12 +401,16 @@ def check_worlds(config: Config, nodes: range, processes: int) -> None:
 def launch(args: argparse.Namespace) -> int:
     config = config_module.load(args.config, args.overrides)
     try:
-        job, options = prepare(config, args)
+        if args.refuse is not None:
+            raise UserError(args.refuse)
+        job = Job(Path(config.run.dir), *parse_nodes(args.nodes), args.max_restarts, args.grace)
+        words = ["doctor", "--distributed"] if args.command == "doctor" else [args.command]
+        with heeding_refusals(job):
+            return run_agent(job, prepare(config, args, job),
+                             ["-u", "-m", "gptdist", *words, args.config, *args.overrides])
     except ActionableError as error:
         note(Path(config.run.dir), error)
         raise
-    words = ["doctor", "--distributed"] if args.command == "doctor" else [args.command]
-    return run_agent(job, options, ["-u", "-m", "gptdist", *words, args.config, *args.overrides])
 
 
 def note(run_dir: Path, error: ActionableError) -> None:
@@ -380,17 +421,15 @@ def note(run_dir: Path, error: ActionableError) -> None:
             ExitRecord(run_dir, 0).write(error.exit_code, str(error))
 
 
-def prepare(config: Config, args: argparse.Namespace) -> tuple[Job, api.LaunchConfig]:
+def prepare(config: Config, args: argparse.Namespace, job: Job) -> api.LaunchConfig:
     """Look at all that can be told on this node alone, meet the first node, choose the network.
 
     Raises UserError or MissingError, Ended where the first node does not come up.
     """
-    low, high = parse_nodes(args.nodes)
     processes = parse_processes(args.processes_per_node)
-    check_worlds(config, range(low, high + 1), processes)
-    if args.endpoint is None and high > 1:
+    check_worlds(config, range(job.min_nodes, job.max_nodes + 1), processes)
+    if args.endpoint is None and job.max_nodes > 1:
         raise UserError(f"--nodes {args.nodes} needs --endpoint HOST:PORT, the first node as all of them reach it")
-    job = Job(Path(config.run.dir), low, high, args.max_restarts, args.grace)
     rendezvous = {"join_timeout": args.join_timeout, "last_call_timeout": args.last_call,
                   "keep_alive_interval": max(1, args.keep_alive // 3), "keep_alive_max_attempt": 3}
     if args.endpoint is None:
@@ -400,11 +439,11 @@ def prepare(config: Config, args: argparse.Namespace) -> tuple[Job, api.LaunchCo
         endpoint = args.endpoint if args.endpoint.endswith(f":{port}") else f"{host}:{port}"
         rendezvous["is_host"] = meet(host, port, args.node_rank, args.join_timeout)
         local_addr = choose_network(args, host, port)
-    options = api.LaunchConfig(
-        min_nodes=low, max_nodes=high, nproc_per_node=processes, run_id=job_id(config), rdzv_endpoint=endpoint,
-        rdzv_backend="c10d", rdzv_configs=rendezvous, max_restarts=args.max_restarts, local_addr=local_addr,
+    return api.LaunchConfig(
+        min_nodes=job.min_nodes, max_nodes=job.max_nodes, nproc_per_node=processes, run_id=job_id(config),
+        rdzv_endpoint=endpoint, rdzv_backend="c10d", rdzv_configs=rendezvous,
+        max_restarts=args.max_restarts, local_addr=local_addr,
         signals_to_handle=STOP_SIGNALS, shutdown_timeout=args.grace)
-    return job, options
 
 
 def job_id(config: Config) -> str:

@@ -37,11 +37,30 @@ fi
 [ ${#hosts[@]} -gt 0 ] || die "--hosts $2 names no host: give names with commas, or a file with a host a line" 2
 shift 2
 
-for host in "${hosts[@]}"; do
-  [[ "$host" =~ ^[A-Za-z0-9_][A-Za-z0-9_.:@-]*$ ]] || die "--hosts: \"$host\" is no name of a host" 2
-  answer="$($SSH "$host" true 2>&1 < /dev/null)" \
-    || die "cannot reach host $host: ${answer:-\"$SSH $host true\" failed}: check its name, and that ssh needs no \
-password" 2
+# refuse MESSAGE: end with 2, also in RUN_DIR/exit.json.
+refuse() {
+  local code=0
+  command -v python > /dev/null || die "$1" 2
+  python -m gptdist.launcher --refuse "$1" "${given[@]}" || code=$?
+  exit "$code"
+}
+given=("$@")
+notes="$(mktemp -d)"  # by a host's number: why it cannot be reached, later its exit code
+trap 'rm -rf "$notes"' EXIT
+for i in "${!hosts[@]}"; do
+  [[ "${hosts[$i]}" =~ ^[A-Za-z0-9_][A-Za-z0-9_.:@-]*$ ]] || refuse "--hosts: \"${hosts[$i]}\" is no name of a host"
+  for other in "${hosts[@]:0:$i}"; do
+    [ "${hosts[$i]}" != "$other" ] \
+      || refuse "--hosts names ${hosts[$i]} twice: give it once, and its processes as slots=N or --processes-per-node N"
+  done
+done
+for i in "${!hosts[@]}"; do  # all at once: each may take its 10 s
+  { $SSH "${hosts[$i]}" true > "$notes/$i" 2>&1 < /dev/null && rm "$notes/$i"; } &
+done
+wait
+for i in "${!hosts[@]}"; do
+  [ ! -e "$notes/$i" ] || refuse "cannot reach host ${hosts[$i]}: $(grep . "$notes/$i" || echo "\"$SSH ${hosts[$i]} \
+true\" failed"): check its name, and that ssh needs no password"
 done
 
 # An open pipe is every node's input: its end, also by this machine's death, is their signal to save and end.
@@ -62,12 +81,10 @@ run_node() {
   local code=0
   $SSH "$1" "$2" <&"$input" || code=$?
   case "$code" in 126 | 127) code=3 ;; esac  # a program is missing
-  echo "$code" > "$codes/$3"  # bash 5.2 forgets the code of what ends during a trap
+  echo "$code" > "$notes/$3"  # bash 5.2 forgets the code of what ends during a trap
   case "$code" in 1 | 2 | 3) kill -TERM $$ ;; esac
 }
 
-codes="$(mktemp -d)"
-trap 'rm -rf "$codes"' EXIT
 nodes=()
 for i in "${!hosts[@]}"; do
   options=(--stop-at-eof --nodes "${#hosts[@]}" --endpoint "${hosts[0]#*@}:29400")
@@ -81,7 +98,7 @@ done
 # wait_for I: sets `ended` to the exit code of host I; a trapped signal interrupts only the waiting.
 wait_for() {
   while kill -0 "${nodes[$1]}" 2> /dev/null; do wait "${nodes[$1]}" || true; done
-  ended="$(cat "$codes/$1" 2> /dev/null || echo 255)"
+  ended="$(cat "$notes/$1" 2> /dev/null || echo 255)"
 }
 
 wait_for 0

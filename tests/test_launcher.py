@@ -14,7 +14,7 @@ import yaml
 
 from gptdist import config as config_module
 from gptdist import launcher
-from gptdist.errors import EXIT_BUG, EXIT_MISSING, EXIT_REQUEUE, EXIT_USER, LockedError, UserError
+from gptdist.errors import EXIT_BUG, EXIT_MISSING, EXIT_REQUEUE, EXIT_USER, LockedError, MissingError, UserError
 from gptdist.faults import STOPPED, lock_run_dir
 from gptdist.parallel import meeting
 from gptdist.train_command import LOST_RANK
@@ -177,6 +177,26 @@ def test_what_is_found_before_there_are_workers_is_recorded(tmp_path):
     assert not (tmp_path / "run" / "exit.json").exists()
 
 
+def test_a_node_does_not_wait_for_one_that_cannot_begin(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(config_module.to_yaml(tiny_config(tmp_path, tmp_path / "run")))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--nodes", "2", "--endpoint", f"127.0.0.1:{port}"]
+    other = threading.Timer(0.5, launcher.note, (tmp_path / "run", MissingError("no GPU on node 0")))
+    other.start()
+    assert launcher.main([*words, "--node-rank", "1", str(config)]) == EXIT_MISSING
+    assert "another node ended: no GPU on node 0" in capsys.readouterr().err
+    other.join()
+    # Nor does the first, at its rendezvous.
+    first = start(*words, "--node-rank", "0", config, log=tmp_path / "log")
+    wait_until(lambda: first.poll() is not None or meeting.is_store("127.0.0.1", port), "the rendezvous",
+               logs=[tmp_path / "log"])
+    assert launcher.main([*words, "--node-rank", "1", "--interface", "none0", str(config)]) == EXIT_USER
+    assert first.wait(timeout=60) == EXIT_USER
+    assert "another node ended: --interface none0 has no IPv4 address" in (tmp_path / "log").read_text()
+
+
 def test_this_machine_knows_itself():
     assert launcher.is_this_machine("127.0.0.1")
     assert launcher.is_this_machine(socket.gethostname())
@@ -228,15 +248,24 @@ def fake_ssh(tmp_path):
 def test_an_unknown_host_is_named_before_anything_starts(tmp_path, fake_ssh):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# two hosts\nlocalhost slots=1\n\nnowhere slots=1")  # whose last line has no end
-    done = multinode("--hosts", hostfile, "configs/debug.yaml", GPTDIST_SSH=fake_ssh)
+    done = multinode("--hosts", hostfile, "configs/debug.yaml", f"--run.dir={tmp_path}", GPTDIST_SSH=fake_ssh)
     assert (done.returncode, done.stdout) == (EXIT_USER, "")
-    assert done.stderr == ("multinode.sh: cannot reach host nowhere: ssh: unknown host nowhere: check its name, and "
-                           "that ssh needs no password\n")
+    message = "cannot reach host nowhere: ssh: unknown host nowhere: check its name, and that ssh needs no password"
+    assert done.stderr.endswith(f": {message}\n")
+    assert (exit_record(tmp_path)["code"], exit_record(tmp_path)["message"]) == (EXIT_USER, message)
 
 
-@pytest.mark.parametrize("host", ["-oProxyCommand=touch_me", "a b", "node-1\r"])
-def test_what_is_no_host_is_not_given_to_ssh(fake_ssh, host):
-    done = multinode("--hosts", f"localhost,{host}", "configs/debug.yaml", GPTDIST_SSH=fake_ssh)
+def test_a_host_is_named_once(fake_ssh, tmp_path):
+    done = multinode("--hosts", "localhost,me,localhost", "configs/debug.yaml", f"--run.dir={tmp_path}",
+                     GPTDIST_SSH=fake_ssh)
+    assert done.returncode == EXIT_USER
+    assert "--hosts names localhost twice: give it once" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch_me", "node-1\r"])
+def test_what_is_no_host_is_not_given_to_ssh(fake_ssh, tmp_path, host):
+    done = multinode("--hosts", f"localhost,{host}", "configs/debug.yaml", f"--run.dir={tmp_path}",
+                     GPTDIST_SSH=fake_ssh)
     assert done.returncode == EXIT_USER
     assert "is no name of a host" in done.stderr
 
