@@ -77,6 +77,13 @@ class Linear(nn.Linear):
         return ops.linear(x, self.factor(x), self.bias)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing on the meta device, where torch's imports all of torch.compile first: a second or more."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Whole:
     """One process computes everything. parallel/tensor.py divides the work over processes behind the same methods.
 
@@ -245,8 +252,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.parallel = Whole()
-        self.wte = nn.Embedding(config.padded_vocab, config.width)
-        self.wpe = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.wte = Embedding(config.padded_vocab, config.width)
+        self.wpe = Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = LayerNorm(config.width, bias=config.bias, eps=config.norm_eps)
 

@@ -40,6 +40,16 @@ def test_options(options):
 
 
 @pytest.mark.usefixtures("backend")
+def test_autograd_knows_what_was_changed():
+    case = adamw_cases.make(SHAPES[:2])
+    weight = case.params[0].requires_grad_()
+    loss = weight.square().sum()
+    case.run()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("backend")
 def test_a_thousand_small_tensors():
     case = adamw_cases.make([(i % 7, 3) for i in range(1000)], (BF16, FP32))
     adamw_cases.check(case, step(case))

@@ -83,8 +83,9 @@ def start_and_kill(data, run, at_step: int) -> None:
                      "model": TINY["model"] | {"dropout": 0.1}}
     path = run.parent / "kill.yaml"
     path.write_text(config_module.to_yaml(config_module.from_dict(values, "test")))
-    process = subprocess.Popen([sys.executable, "-m", "gptdist", "train", str(path)], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with (run.parent / "imports").open("w") as imports:
+        process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", "gptdist", "train", str(path)], cwd=ROOT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=imports)
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and len(train_rows(run)) >= at_step):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -103,6 +104,9 @@ def test_kill_9_and_resume_is_bitwise(dataset, tmp_path):
     killed_at = train_rows(tmp_path / "killed")[-1]["step"]
     assert killed_at < 40, "the kill came too late to prove anything"
     assert losses(run_tiny(dataset, tmp_path / "killed", *options)) == losses(straight)
+    imports = (tmp_path / "imports").read_text()
+    assert "gptdist.trainer" in imports
+    assert "torch._dynamo" not in imports, "a second or more of each start, for torch.compile, which is not used"
 
 
 def test_workers_and_micro_batches_change_nothing(dataset, tmp_path):

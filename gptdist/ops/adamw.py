@@ -55,6 +55,8 @@ def _adamw_(
     backend = choose("adamw_", params[0].device, params[0].dtype).backend
     function = reference if backend == "reference" else kernels(backend).adamw_
     function(params, grads, exp_avg, exp_avg_sq, shadows, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+    # Autograd finds by it that a tensor was changed which a backward still needs; the kernels do not say it.
+    torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq, *shadows])
 
 
 @_adamw_.register_fake

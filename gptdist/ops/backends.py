@@ -267,7 +267,7 @@ def on_cuda(device: torch.device) -> bool:
 
 def custom_op(name: str, mutates_args: tuple[str, ...] = ()):
     """torch.library.custom_op for an op whose first argument is a tensor or a list of them, functional unless it says
-    what it mutates. A functional one becomes an Op, which is called by positions, with all arguments.
+    what it mutates. It becomes an Op, which is called by positions, with all arguments.
 
     Autocast is off inside the implementation: torch leaves it on below a custom op, where it would turn the fp32
     matrix products of a reference into bf16 ones.
@@ -282,8 +282,7 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()):
             with torch.autocast(device_type, enabled=False):
                 return function(first, *args, **kwargs)
 
-        library_op = torch.library.custom_op(name, mutates_args=mutates_args)(without_autocast)
-        return library_op if mutates_args else Op(without_autocast, library_op)
+        return Op(without_autocast, torch.library.custom_op(name, mutates_args=mutates_args)(without_autocast))
 
     return decorate
 
@@ -291,8 +290,9 @@ def custom_op(name: str, mutates_args: tuple[str, ...] = ()):
 class Op:
     """An op of torch.library that eager calls on plain tensors reach without its dispatch.
 
-    torch.library's Python costs about 0.1 ms for a call and its gradient, a hundred times a step of GPT-2 124M. What
-    needs it has it: torch.compile and export, dispatch modes, functorch's transforms, subclasses of Tensor.
+    torch.library's Python costs about 0.1 ms for a call and its gradient, a hundred times a step of GPT-2 124M, and its
+    first call more than a second, in which it imports torch.compile. What needs it has it: torch.compile and export,
+    dispatch modes, functorch's transforms, subclasses of Tensor.
     """
 
     def __init__(self, run, library_op):

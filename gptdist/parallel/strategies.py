@@ -114,6 +114,7 @@ class Strategy:
         """Ranks whose gradients the reduction averages, where the sum is wanted."""
         return 1
 
+    @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradient, () fp32 on the device."""
         grads = [local(p.grad) for p in self._norm_parameters() if p.grad is not None]
@@ -138,7 +139,8 @@ class Strategy:
 
     def discard(self) -> None:
         """Drop the accumulated gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for _, parameter in self.trainable():
+            parameter.grad = None
         self._norm = None
 
     def bad_gradients(self) -> list[str]:
