@@ -42,7 +42,6 @@ PHASES = ("step", "save", "rename", "start-up")
 START_UP = ("start-up", "verify", "build", "load", "prepare")
 SAVE_EVERY = 5
 STEPS_PER_KILL = 16  # more than a run gets on between two kills, unless a phase is missed time and again
-LONGEST_START_S = 4.0  # of the delay of a kill that is to hit the start; longer than a start takes is a miss
 WAIT_S = 300.0  # on a busy machine a start may take a minute
 POLL_S = 0.0002
 
@@ -76,21 +75,35 @@ def write_config(data: Path, run: Path, strategy: str, steps: int) -> Path:
     return path
 
 
-def start(config: Path, log: Path, max_restarts: int) -> subprocess.Popen:
+class Torchrun(subprocess.Popen):
     """The job. TORCHDYNAMO_DISABLE: DeepSpeed compiles its Muon at import, 2 s in every process. The other: torch 2.13
     keeps the workers' store for the next start, whose workers then read the addresses of the dead ones in it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               f"--max-restarts={max_restarts}", "-m", "gptdist", "train", str(config)]
-    with log.open("w") as out:
-        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                                                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+    LONGEST_START_S = 4.0  # of the delay of a kill that is to hit the start; longer than a start takes is a miss
+
+    def __init__(self, config: Path, log: Path, max_restarts: int):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                   f"--max-restarts={max_restarts}", "-m", "gptdist", "train", str(config)]
+        with log.open("w") as out:
+            super().__init__(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+                                               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+    @staticmethod
+    def rank_of(pid: int) -> int | None:
+        """The rank that torchrun gave a worker; None: it is another process, or has only begun."""
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        ranks = [int(one[5:]) for one in environment if one.startswith(b"RANK=")]
+        return ranks[0] if ranks else None
 
 
 def undisturbed(data: Path, out: Path, strategy: str, steps: int) -> Path:
     """The run directory of a run that nothing happens to."""
     run = out / f"{strategy}-undisturbed"
-    job = start(write_config(data, run, strategy, steps), out / f"{run.name}.log", 0)
+    job = Torchrun(write_config(data, run, strategy, steps), out / f"{run.name}.log", 0)
     if job.wait(timeout=WAIT_S + steps):
         raise RuntimeError((out / f"{run.name}.log").read_text()[-3000:])
     return run
@@ -99,17 +112,17 @@ def undisturbed(data: Path, out: Path, strategy: str, steps: int) -> Path:
 class Job:
     """A job under attack."""
 
-    def __init__(self, data: Path, out: Path, strategy: str, steps: int, max_restarts: int):
+    def __init__(self, launcher: type[Torchrun], data: Path, out: Path, strategy: str, steps: int, max_restarts: int):
         self.run = out / f"{strategy}-killed"
         self.log = out / f"{self.run.name}.log"
-        self.agent = start(write_config(data, self.run, strategy, steps), self.log, max_restarts)
+        self.agent = launcher(write_config(data, self.run, strategy, steps), self.log, max_restarts)
         self.dead: set[int] = set()  # processes of starts that are over
 
     def workers(self) -> dict[int, int]:
         """rank -> pid, of the processes of the start that is up, as far as they are there yet."""
         found = {}
         for pid in children(self.agent.pid):
-            if pid not in self.dead and (rank := rank_of(pid)) is not None:
+            if pid not in self.dead and (rank := self.agent.rank_of(pid)) is not None:
                 found[rank] = pid
         return found
 
@@ -172,7 +185,7 @@ def one_kill(job: Job, aimed: str, chance: random.Random, outcome: Outcome, star
     workers = job.workers()
     rank = 0 if aimed == "rename" else chance.randrange(2)
     if aimed == "start-up":
-        time.sleep(chance.uniform(0, LONGEST_START_S))
+        time.sleep(chance.uniform(0, job.agent.LONGEST_START_S))
     else:
         steps = chance.randint(1, 8) if aimed == "step" else 0
         first: list[int] = []
@@ -219,13 +232,14 @@ def said_phase(beat: Beat | None) -> str:
     return f"{beat.phase} + {beat.saving} of a save" if beat.saving else beat.phase
 
 
-def run(strategy: str, data: Path, out: Path, *, kills: int, seed: int = 0, reference: Path | None = None) -> Outcome:
+def run(strategy: str, data: Path, out: Path, *, kills: int, seed: int = 0, reference: Path | None = None,
+        launcher: type[Torchrun] = Torchrun) -> Outcome:
     """Attack a job and compare what it leaves. reference: the directory of an undisturbed run of steps_of(kills)."""
     outcome = Outcome(strategy, steps_of(kills))
     if reference is None:
         reference = undisturbed(data, out, strategy, outcome.steps)
     began = time.monotonic()
-    job = Job(data, out, strategy, outcome.steps, max_restarts=5 * kills + 9)
+    job = Job(launcher, data, out, strategy, outcome.steps, max_restarts=5 * kills + 9)
     try:
         attack(job, kills, seed, outcome)
         code = job.agent.wait(timeout=WAIT_S + outcome.steps)
@@ -272,16 +286,6 @@ def children(pid: int) -> list[int]:
     except OSError:
         return []
     return [int(child) for text in tasks for child in text.split()]
-
-
-def rank_of(pid: int) -> int | None:
-    """The rank that torchrun gave a worker; None: it is another process, or has only begun."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    ranks = [int(one[5:]) for one in environment if one.startswith(b"RANK=")]
-    return ranks[0] if ranks else None
 
 
 def alive(pid: int) -> bool:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks import chaos
-from tests.chaos_worker import KILLS
+from tests.chaos_worker import KILLS, ForkedTorchrun
 from tests.training import run_tiny
 
 
@@ -20,9 +20,19 @@ def assert_survived(outcome: chaos.Outcome, kills: int) -> None:
     assert max(kill.lost for kill in outcome.kills) <= 2 * chaos.SAVE_EVERY
 
 
-def test_a_kill_in_each_phase_changes_nothing(two_processes, dataset, tmp_path):
-    two_processes.run("tests.chaos_worker", dataset, tmp_path)
-    outcome = chaos.run("fsdp", dataset, tmp_path, kills=KILLS, reference=tmp_path / "chaos")
+@pytest.fixture(scope="module")
+def undisturbed(two_processes, dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    two_processes.run("tests.chaos_worker", dataset, out)
+    return out
+
+
+@pytest.mark.parametrize("strategy", chaos.STRATEGIES)
+def test_kills_in_each_phase_change_nothing(strategy, undisturbed, dataset, tmp_path):
+    """20 in all."""
+    outcome = chaos.run(strategy, dataset, tmp_path, kills=KILLS, seed=chaos.STRATEGIES.index(strategy),
+                        reference=undisturbed / f"{strategy}-undisturbed", launcher=ForkedTorchrun)
+    print(chaos.table([outcome]))
     assert_survived(outcome, KILLS)
     assert all(kill.resume_s > 0 or math.isnan(kill.resume_s) for kill in outcome.kills)
 
