@@ -371,7 +371,8 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--rules", nargs="+", metavar="RULE",
                         help="quality rules: the groups gopher, c4, lines; a rule, RULE=LIMIT or RULE=off "
                              "(gptdist/data/quality.py lists them)")
-    parser.add_argument("--languages", nargs="+", metavar="CODE", help="keep these only, such as en; needs the extra `data`")
+    parser.add_argument("--languages", nargs="+", metavar="CODE",
+                        help="keep these only, such as en; needs the extra `data`")
     parser.add_argument("--language-min", type=float, help="least probability of the language (default: 0.5)")
     parser.add_argument("--scrub", nargs="+", metavar="KIND", help="replace email, phone, ip by placeholders")
     parser.add_argument("--dedup", action=switch, help="drop exact duplicates (default: yes)")
