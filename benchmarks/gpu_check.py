@@ -155,7 +155,7 @@ def environment(device: torch.device) -> dict:
         "gpu": gpu,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 

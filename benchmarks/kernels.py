@@ -139,7 +139,7 @@ def head(device: torch.device, limits: Limits, repeats: int) -> list[str]:
     return [
         f"date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         f"command   python -m benchmarks.kernels {shlex.join(sys.argv[1:])}".rstrip(),
-        f"hardware  {hardware(device)}, {platform.platform()}",
+        f"hardware  {hardware(device)}, {platform.system()} {platform.machine()}",
         f"software  torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         f"limits    copy {limits.copy / 1e9:.0f} GB/s read and written; matrix product, TFLOP/s: {peaks}",
         f"method    medians of at most {repeats} alternating rounds",

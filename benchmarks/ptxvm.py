@@ -129,7 +129,7 @@ def main() -> None:
 
     print(f"date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     print(f"command   python -m benchmarks.ptxvm {shlex.join(sys.argv[1:])}".rstrip())
-    print(f"hardware  {doctor.collect()['cpu']['model']}, one core, {platform.platform()}")
+    print(f"hardware  {doctor.collect()['cpu']['model']}, one core, {platform.system()} {platform.machine()}")
     print(f"\nmedians of {args.rounds} rounds, CPU time\n")
     print(
         "| kernel | warp instructions | mma | M instr/s, checks | M instr/s, races off | M mma/s, "

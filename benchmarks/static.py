@@ -180,7 +180,8 @@ def markdown(head: list[str], archs: list[str], found: list[Kernel], moved: list
 def versions() -> str:
     nvdisasm = subprocess.run([ptx.tool("nvdisasm"), "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", nvdisasm)[1]
-    return f"ptxas {ptx.ptxas_version()}, nvdisasm {release}, torch {torch.__version__}, {platform.platform()}"
+    system = f"{platform.system()} {platform.machine()}"
+    return f"ptxas {ptx.ptxas_version()}, nvdisasm {release}, torch {torch.__version__}, {system}"
 
 
 def main() -> None:
