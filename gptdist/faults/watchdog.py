@@ -97,10 +97,10 @@ class Watchdog:
             self._write_part(still_s, others)
             parts = self._wait_for_parts()
             if min(parts, default=self.beat.rank) == self.beat.rank:
-                self._report(parts, others)
+                self._report(parts)
                 self._kill_here(parts, others)
             elif not self._wait_for(self._report_path("txt").exists):
-                self._report(self._parts(), others)
+                self._report(self._parts())
         except Exception:  # the run has to end, told or not
             traceback.print_exc()
             self.record.write(EXIT_REQUEUE, f"the run stood still for {still_s:.0f} s")
@@ -146,7 +146,7 @@ class Watchdog:
     def _report_path(self, suffix: str) -> Path:
         return self.run_dir / f"hang-report-{self.beat.start}.{suffix}"
 
-    def _report(self, parts: Mapping[int, dict[str, Any]], others: "_Others") -> None:
+    def _report(self, parts: Mapping[int, dict[str, Any]]) -> None:
         beats = read_beats(self.run_dir, self.size, self.beat.start)
         processes = {int(rank): state for part in parts.values() for rank, state in part["processes"].items()}
         why = verdict(self.size, parts, beats, processes)
