@@ -45,7 +45,7 @@ from gptdist.errors import (
     UserError,
 )
 from gptdist.faults import STOPPED, ExitRecord, lock_run_dir
-from gptdist.parallel.meeting import is_loopback, is_store
+from gptdist.parallel.meeting import connect, is_loopback, wait_for_store
 
 STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # SLURM's --signal=USR1 reaches every process of a step
 HOPELESS_S = 5  # how long workers that lost a peer get to end: they have nothing left to save
@@ -282,21 +282,15 @@ def interfaces() -> dict[str, str]:
 
 def wait_for_endpoint(host: str, port: int, timeout_s: float) -> None:
     """Return once a rendezvous answers there. Raises UserError if another program does, Ended if nothing does."""
-    deadline, told = time.monotonic() + timeout_s, False
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise Ended(EXIT_REQUEUE, f"nothing answered at {host}:{port} within {timeout_s:.0f} s ({error}): is "
-                                          f"the first node up, and --endpoint right?") from None
-            if not told:
-                say(f"waiting for {host}:{port} ({error})")
-                told = True
-            time.sleep(1)
-    if not is_store(host, port):
-        raise UserError(taken(host, port))
+    try:
+        connect(host, port)
+    except OSError as error:
+        say(f"waiting for {host}:{port} ({error})")
+    try:
+        if not wait_for_store(host, port, timeout_s):
+            raise UserError(taken(host, port))
+    except dist.DistNetworkError as error:
+        raise Ended(EXIT_REQUEUE, f"{host}:{port}: {error}: is the first node up, and --endpoint right?") from None
 
 
 def taken(host: str, port: int) -> str:
