@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -477,8 +478,7 @@ def choose_network(args: argparse.Namespace, host: str, port: int) -> str:
 
 def run_agent(job: Job, options: api.LaunchConfig, command: list[str]) -> int:
     """Run this node's workers to the end of the job; its exit code, the same on every node."""
-    agent: Callable[..., Agent] = lambda **given: Agent(job, **given)  # noqa: E731
-    api.LocalElasticAgent = agent
+    api.LocalElasticAgent = functools.partial(Agent, job)
     # torch 2.13 keeps the workers' store for the next start, whose workers read the addresses of the dead ones in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
