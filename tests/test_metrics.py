@@ -135,6 +135,7 @@ def test_a_full_disk_at_the_start(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(broken, no_space)
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device: "):
         Metrics(tmp_path, RunConfig(tensorboard=False), start_step=0, resolved={})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_full_disk_under_tensorboard_and_at_the_end(tmp_path, monkeypatch):
