@@ -49,6 +49,7 @@ from gptdist.data.answers import Answered, row_of
 from gptdist.data.examples import ExampleSource
 from gptdist.data.loader import IGNORED, PretrainSource
 from gptdist.data.tokenizer import GPT2_PATTERN, Tokenizer, build_tokenizer, extend
+from gptdist.files import replace_text
 from gptdist.generate import Generator, Sampling, few_shot_prompt, filter_logits
 from gptdist.metrics import read_rows
 from gptdist.model import build, build_meta, parameter_count
@@ -783,9 +784,7 @@ class Results:
         self._write({other: done for other, done in self.stages.items() if other != name})
 
     def _write(self, stages: dict[str, dict]) -> None:
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(stages, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        replace_text(self.path, json.dumps(stages, indent=1) + "\n")
 
 
 def reason_to_skip(todo: Stage, book: Book, options: argparse.Namespace) -> str | None:

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gptdist import __version__
 from gptdist.errors import EXIT_BUG, EXIT_DONE, ActionableError, MissingError, UserError
@@ -175,9 +176,12 @@ def _command(commands, name: str, run: Callable, help: str, description: str | N
     return parser
 
 
-def _add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser, more: str = "", *, to_run: bool = False) -> None:
     parser.add_argument("checkpoint", help=f"a checkpoint directory, or a run directory (its latest one){more}")
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of a run's checkpoints")
+    if to_run:
+        parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+        parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
 
 
 def _add_train(commands) -> None:
@@ -186,21 +190,19 @@ def _add_train(commands) -> None:
 
 
 def _add_finetune(commands) -> None:
-    parser = _command(commands, "finetune", run_finetune, "fine-tune a model: labels, instructions, preferences",
+    parser = _command(commands, "finetune", run_train, "fine-tune a model: labels, instructions, preferences",
                       FINETUNE_HELP)
     parser.add_argument("config", help="YAML configuration")
 
 
 def _add_classify(commands) -> None:
     parser = _command(commands, "classify", run_classify, "label texts with a trained classifier", CLASSIFY_HELP)
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, to_run=True)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="a text (repeatable)")
     source.add_argument("--file", help="texts, one a line; .csv, .tsv, .jsonl: those of --text-field")
     parser.add_argument("--text-field", default="text", help="column or JSON field of the text (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="texts at a time (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--json", action="store_true", help="a JSON object a text, with all probabilities")
 
 
@@ -279,7 +281,7 @@ def _add_export(commands) -> None:
 def _add_evaluate(commands) -> None:
     parser = _command(commands, "evaluate", run_evaluate, "score a checkpoint: held-out loss, or evaluation tasks",
                       EVALUATE_HELP)
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, to_run=True)
     parser.add_argument("--tasks", nargs="+", metavar="TASK",
                         help="stdlib, one of its sets such as stdlib-choice, FILE or KIND=FILE; kinds: choice, cloze, "
                              "text, classify, qa, translate, summarize")
@@ -302,8 +304,6 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="of the computation")
     parser.add_argument("--batch-tokens", type=int, default=8192,
                         help="positions of a forward pass, padding included (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -390,7 +390,7 @@ def _add_prepare(commands) -> None:
 
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", run_generate, "continue prompts with a trained model", GENERATE_HELP)
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, to_run=True)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompts-file", help="a prompt a line; .jsonl: a JSON string or {\"prompt\": ...} a line")
@@ -403,16 +403,14 @@ def _add_generate(commands) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
     parser.add_argument("--stop", action="append", default=[], help="end where this text appears (repeatable)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--json", action="store_true", help="a JSON object a prompt instead of streamed text")
 
 
 def _add_chat(commands) -> None:
     parser = _command(commands, "chat", run_chat, "talk with a model fine-tuned for instructions", CHAT_HELP)
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, to_run=True)
     parser.add_argument("--system", help="system prompt (default: the template's)")
     parser.add_argument("--template", help="instead of the one the model was fine-tuned with: alpaca, phi3, chatml, a "
                                            "YAML file, or a text with {prompt} and {answer}")
@@ -423,14 +421,12 @@ def _add_chat(commands) -> None:
                         help="sample from the likeliest tokens of this mass (default: %(default)s)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
 
 
 def _add_serve(commands) -> None:
     parser = _command(commands, "serve", run_serve, "serve a model over HTTP, with a page to talk to it", SERVE_HELP)
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, to_run=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every machine that reaches "
                                                             "this one can ask (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
@@ -447,22 +443,14 @@ def _add_serve(commands) -> None:
     parser.add_argument("--send-timeout", type=float, default=60.0, help="seconds after which a client that reads "
                                                                          "nothing is cut off, on Linux (default: "
                                                                          "%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and cache")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the sha256 first")
     parser.add_argument("--open", dest="open_page", action="store_true", help="open the page in a browser")
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from gptdist.train_command import train
 
-    return train(args.config, overrides, debug=args.debug)
-
-
-def run_finetune(args: argparse.Namespace, overrides: list[str]) -> int:
-    from gptdist.train_command import train
-
-    return train(args.config, overrides, command="finetune", debug=args.debug)
+    return train(args.config, overrides, command=args.command, debug=args.debug)
 
 
 def run_classify(args: argparse.Namespace) -> int:
@@ -596,8 +584,6 @@ def _choose(args: argparse.Namespace):
 
     Incomplete directories matter after the latest one, and anywhere for the best one, which any of them might be.
     """
-    from pathlib import Path
-
     from gptdist.checkpoint import layout
 
     found = layout.resolve(args.checkpoint, args.which)
@@ -651,8 +637,6 @@ def run_contamination(args: argparse.Namespace) -> int:
 
 
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
-    from pathlib import Path
-
     from rich.console import Console
 
     from gptdist import sweep
@@ -670,8 +654,6 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from gptdist.metrics import plot_losses
 
     output = Path(args.output) if args.output else Path(args.run_dir) / "loss.png"
@@ -692,8 +674,6 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from gptdist.checkpoint.verify_values import verify_values
     from gptdist.data.format import find_splits, verify
 
@@ -781,7 +761,7 @@ def run_doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     return code
 
 
-TAKES_OVERRIDES = (run_train, run_finetune, run_config, run_plan, run_sweep, run_doctor)
+TAKES_OVERRIDES = (run_train, run_config, run_plan, run_sweep, run_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

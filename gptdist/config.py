@@ -626,10 +626,10 @@ class Config:
 
     def _check_muon(self) -> None:
         """Muon orthogonalises whole matrices."""
-        strategy, tensor, advice = self.parallel.strategy, self.parallel.tensor, "use fsdp, or optim.name=adamw"
+        strategy, tensor = self.parallel.strategy, self.parallel.tensor
         _require(self.optim.name == "adamw" or not strategy.startswith("zero"),
                  f"optim.name=muon with parallel.strategy={strategy}: Muon needs whole matrices, and DeepSpeed steps "
-                 f"flat partitions that cut them anywhere; {advice}")
+                 "flat partitions that cut them anywhere; use fsdp, or optim.name=adamw")
         _require(self.optim.name == "adamw" or tensor == 1,
                  f"optim.name=muon with parallel.tensor={tensor}: Muon needs whole matrices, and each process steps "
                  f"its part of them; use parallel.tensor=1, or optim.name=adamw")
@@ -669,15 +669,15 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: list[str] = ()) -> Config:
+def from_dict(values: dict[str, dict[str, Any]], where: str, overrides: Collection[str] = ()) -> Config:
     """The Config of nested dicts, such as a checkpoint's resolved configuration. Raises UserError as `load` does."""
     import yaml
 
     _check_keys(values, where)
-    return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(list(overrides)), where, _names(values))
+    return _parse(["--config", yaml.safe_dump(values)], _checked_overrides(overrides), where, _names(values))
 
 
-def load(path: str | None, overrides: list[str] = ()) -> Config:
+def load(path: str | None, overrides: Collection[str] = ()) -> Config:
     """Read a YAML file (None: all defaults), apply `--section.key=value` overrides.
 
     Raises UserError for a missing or malformed file, an unknown key (names the nearest) or an impossible value.
@@ -687,7 +687,7 @@ def load(path: str | None, overrides: list[str] = ()) -> Config:
         values = _read_yaml(path)
         _check_keys(values, path)
         file = ["--config", path] if values else []
-    return _parse(file, _checked_overrides(list(overrides)), path or COMMAND_LINE, _names(values))
+    return _parse(file, _checked_overrides(overrides), path or COMMAND_LINE, _names(values))
 
 
 def _names(values: dict[str, dict[str, Any]]) -> set[str]:
@@ -748,7 +748,7 @@ def _check_keys(values: dict[str, Any], where: str) -> None:
                 raise UserError(f"{where}: unknown key {section}.{key}; {_nearest(str(key), known)}")
 
 
-def _checked_overrides(overrides: list[str]) -> list[str]:
+def _checked_overrides(overrides: Collection[str]) -> list[str]:
     """Overrides in the form --section.key=value; `--section.key value` is joined."""
     result: list[str] = []
     rest = iter(overrides)
@@ -785,6 +785,7 @@ def _parse(file: list[str], overrides: list[str], where: str, in_file: Collectio
 
     A message begins with `where`, or with "command line" where an override is at fault.
     """
+    overridden = {word[2:].partition("=")[0] for word in overrides}
     values = _typed_values([], file, where)
     values = _typed_values(file, overrides, COMMAND_LINE) if overrides else values
     try:
@@ -792,10 +793,9 @@ def _parse(file: list[str], overrides: list[str], where: str, in_file: Collectio
             _check_nulls(name, section, values[name])
         config = Config(**{name: section(**values[name]) for name, section in SECTIONS.items()})
     except UserError as error:
-        overridden = {word[2:].partition("=")[0] for word in overrides}
         named = set(re.findall(r"[a-z]+\.[a-z_0-9]+", str(error)))
         raise UserError(f"{COMMAND_LINE if named & overridden else where}: {error}") from error
-    object.__setattr__(config, "given", frozenset(in_file) | {word[2:].partition("=")[0] for word in overrides})
+    object.__setattr__(config, "given", frozenset(overridden.union(in_file)))
     return config
 
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ from gptdist.errors import (
     UserError,
 )
 from gptdist.faults import STOPPED, ExitRecord, lock_run_dir
-from gptdist.parallel.meeting import is_loopback, is_store
+from gptdist.parallel.meeting import connect, is_loopback, wait_for_store
 
 STOP_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # SLURM's --signal=USR1 reaches every process of a step
 HOPELESS_S = 5  # how long workers that lost a peer get to end: they have nothing left to save
@@ -282,21 +283,15 @@ def interfaces() -> dict[str, str]:
 
 def wait_for_endpoint(host: str, port: int, timeout_s: float) -> None:
     """Return once a rendezvous answers there. Raises UserError if another program does, Ended if nothing does."""
-    deadline, told = time.monotonic() + timeout_s, False
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise Ended(EXIT_REQUEUE, f"nothing answered at {host}:{port} within {timeout_s:.0f} s ({error}): is "
-                                          f"the first node up, and --endpoint right?") from None
-            if not told:
-                say(f"waiting for {host}:{port} ({error})")
-                told = True
-            time.sleep(1)
-    if not is_store(host, port):
-        raise UserError(taken(host, port))
+    try:
+        connect(host, port)
+    except OSError as error:
+        say(f"waiting for {host}:{port} ({error})")
+    try:
+        if not wait_for_store(host, port, timeout_s):
+            raise UserError(taken(host, port))
+    except dist.DistNetworkError as error:
+        raise Ended(EXIT_REQUEUE, f"{host}:{port}: {error}: is the first node up, and --endpoint right?") from None
 
 
 def taken(host: str, port: int) -> str:
@@ -483,8 +478,7 @@ def choose_network(args: argparse.Namespace, host: str, port: int) -> str:
 
 def run_agent(job: Job, options: api.LaunchConfig, command: list[str]) -> int:
     """Run this node's workers to the end of the job; its exit code, the same on every node."""
-    agent: Callable[..., Agent] = lambda **given: Agent(job, **given)  # noqa: E731
-    api.LocalElasticAgent = agent
+    api.LocalElasticAgent = functools.partial(Agent, job)
     # torch 2.13 keeps the workers' store for the next start, whose workers read the addresses of the dead ones in it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from gptdist.config import ModelConfig, RunConfig
 from gptdist.errors import MissingError, UserError
+from gptdist.files import replace_text
 
 # Peak dense bf16 FLOP/s by device name, from the vendors' data sheets. An unknown device has no MFU rather than a
 # wrong one.
@@ -105,9 +105,7 @@ def _truncate(path: Path, start_step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_rows(path) if row["step"] <= start_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from gptdist.data.prepare import prepare_input
 from gptdist.data.tokenizer import Tokenizer
 from gptdist.errors import EXIT_REQUEUE, UserError
 from gptdist.faults.child import Child
+from gptdist.files import replace_text
 from gptdist.metrics import flops_per_token, read_rows
 from gptdist.model import parameter_count
 from gptdist.parallel.host import has_bf16
@@ -225,9 +225,7 @@ def _open_record(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(output: Path, record: dict[str, Any]) -> None:
-    temporary = output / "sweep.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, output / "sweep.json")
+    replace_text(output / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def _train(path: str, overrides: list[str], config: Config, size: Size, output: Path, processes: int,

@@ -40,7 +40,8 @@ set_up() {
     "$python" -m venv "$VENV" || die "cannot make $VENV: is the venv module there (Debian: apt-get install python3-venv)?"
   fi
   export PATH="$VENV/bin:$PATH"
-  stamp="$({ cat setup.py pyproject.toml "$CONSTRAINTS"; find csrc -type f -exec cat {} +; } | sha256sum | cut -d' ' -f1)"
+  stamp="$({ cat setup.py pyproject.toml "$CONSTRAINTS"; find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } \
+    | sha256sum | cut -d' ' -f1)"
   if built_enough "$stamp"; then
     for installed in "$extras" test,deepspeed; do  # the tests' packages are all the others' and more
       if [ "$(cat "$VENV/.gptdist-$installed" 2> /dev/null)" = "$stamp" ]; then return; fi

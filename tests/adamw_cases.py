@@ -9,7 +9,6 @@ from gptdist import ops
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 2.0**-24
-HALF_ULP = {BF16: (2.0**-8, 2.0**-134), FP16: (2.0**-11, 2.0**-25)}  # relative, and of subnormal results
 OPTIONS = dict(lr=3e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3)
 
 

@@ -51,9 +51,6 @@ def fault(kind: str, body, *arrays, **options):
     return caught.value
 
 
-REGISTER_OF = {1: "%h", 2: "%h", 4: "%r", 8: "%d"}
-
-
 def evaluate(cases: list[tuple[str, type]], **inputs: np.ndarray) -> list[np.ndarray]:
     """What instructions compute, lane by lane: one kernel of one warp.
 

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(dataset, tmp_path, capsys):
     assert trainer.run() == 0
     said = capsys.readouterr().out
     assert "damaged checkpoint moved to" in said
-    assert "shard-00000.safetensors is wrong" in said
+    assert "shard-00000.safetensors: its checksum is wrong" in said
     assert "back from step 7 to step-00000004; samples 44 to 76 are left out" in said
 
 

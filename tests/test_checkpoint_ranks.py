@@ -155,7 +155,7 @@ def failures(root, mesh, rank, world):
         (path / "shard-00001.safetensors").write_bytes(data[:-1] + b"\xff")
     dist.barrier()
     message = user_error(lambda: checkpoint.verify_together(path))
-    assert "shard-00001.safetensors is wrong" in message, message
+    assert "shard-00001.safetensors: its checksum is wrong" in message, message
     with pytest.raises(RuntimeError, match="x is not a tensor"):
         checkpoint.save(root, 2, {"x": object() if rank == 1 else torch.zeros(1)})
 

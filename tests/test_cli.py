@@ -163,7 +163,7 @@ def test_damaged_weights_are_not_used(run, tmp_path, capsys):
                  ["evaluate", str(tmp_path / "run")]):
         assert main(argv) == 2
         error = capsys.readouterr().err
-        assert "step-00000002/shard-00000.safetensors is wrong" in error
+        assert "step-00000002/shard-00000.safetensors: its checksum is wrong" in error
         assert error.count("\n") == 1
         assert main([*argv, "--no-verify"]) == 0
         assert capsys.readouterr().err == ""

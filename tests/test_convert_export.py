@@ -150,5 +150,5 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint, tokenizer, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=r"the checksum of .*shard-00000"):
+    with pytest.raises(UserError, match=r"shard-00000.*: its checksum is wrong"):
         export_model(path, str(tmp_path / "out"), format="hf")

@@ -13,7 +13,6 @@ from tests import mutants, test_cuda_attention
 from tests.mutants import Family
 
 BF16 = torch.bfloat16
-VM = torch.ops.gptdist_vm
 
 # Kinds and rules as mutants.RULES.
 RULES = {

@@ -11,7 +11,6 @@ from gptdist import ops
 from tests import adamw_cases, cuda_vm
 from tests.adamw_cases import BF16, FP16, FP32
 
-VM = torch.ops.gptdist_vm
 STEP_CHUNK, NORM_CHUNK = 8192, 16384  # csrc/cuda/kernels.h
 
 

@@ -129,12 +129,13 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("broken", ["pathlib.Path.write_text", "gptdist.metrics.os.replace"])
+@pytest.mark.parametrize("broken", ["pathlib.Path.write_text", "os.replace"])
 def test_a_full_disk_at_the_start(tmp_path, monkeypatch, broken):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
     monkeypatch.setattr(broken, no_space)
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device: "):
         Metrics(tmp_path, RunConfig(tensorboard=False), start_step=0, resolved={})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_full_disk_under_tensorboard_and_at_the_end(tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def test_a_stream_that_fails_says_so(monkeypatch, capfd):
         stream = client.completions.create(model="tiny", prompt="x", max_tokens=9, temperature=0, stream=True)
         with pytest.raises(openai.APIError, match="the model failed on this request"):
             list(stream)
-        done = server.post("/v1/completions", prompt="x", max_tokens=9)
+        done = server.post("/v1/completions", prompt="x", max_tokens=9, temperature=0)
         assert (done.status_code, done.json()["error"]["type"]) == (500, "server_error")
     assert "out of ideas" in capfd.readouterr().err
 

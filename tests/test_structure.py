@@ -20,7 +20,7 @@ LAYERS = [
     {"ops"},
     {"data", "metrics", "faults", "doctor", "doctor_distributed", "cluster", "plan", "profiling"},
     {"config"},
-    {"errors"},
+    {"errors", "files"},
 ]
 # data, metrics, faults and doctor are leaves beside the ladder: they know only config, errors and, for doctor, what it
 # reports of ops and of parallel/host.py. cluster and doctor_distributed look at the ranks, so they know parallel/ too.

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gptdist.checkpoint.files import FileRecord, hash_file, plain_name, user_errors
+from gptdist.checkpoint.files import FileRecord, damaged, hash_file, plain_name, user_errors
 from gptdist.checkpoint.index import FORMAT, INDEX_NAME, check_format
 from gptdist.checkpoint.share import spread
 from gptdist.errors import DamagedError, UserError
@@ -75,7 +75,7 @@ def verify(path: str | os.PathLike, rank: int = 0, world: int = 1) -> None:
         with user_errors("read"):
             found = hash_file(path / name)
         if found != manifest.files[name]:
-            raise DamagedError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
+            raise damaged(path / name, "its checksum is wrong")
 
 
 def read_file(path: str | os.PathLike, name: str) -> bytes:
@@ -91,7 +91,7 @@ def read_checked(path: Path, name: str, record: FileRecord) -> bytes:
     with user_errors("read"):
         data = (path / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise DamagedError(f"damaged checkpoint: the checksum of {path / name} is wrong; use another checkpoint")
+        raise damaged(path / name, "its checksum is wrong")
     return data
 
 

@@ -36,7 +36,7 @@ from gptdist.data.clean import (
 )
 from gptdist.data.format import TOKEN_DTYPES, token_dtype
 from gptdist.data.near_duplicates import NearDuplicates
-from gptdist.data.prepare_config import EMBEDDED, PrepareConfig, check, fingerprint
+from gptdist.data.prepare_config import PrepareConfig, check, fingerprint
 from gptdist.data.quality import QualityRules, parse_rules
 from gptdist.data.report_page import report_page
 from gptdist.data.row_log import RowLog
@@ -47,8 +47,6 @@ from gptdist.data.split import Splitter
 from gptdist.data.tokenizer import Tokenizer, add_tokens, build_tokenizer
 from gptdist.data.writer import DatasetWriter, resumable_directory
 from gptdist.errors import UserError
-
-__all__ = ["EMBEDDED", "PrepareConfig", "Progress", "ProgressCallback", "prepare", "prepare_input"]
 
 _BATCH_CHARS = 1 << 18  # of text for one task of a worker: large beside a task's cost, small beside memory
 _BATCH_DOCUMENTS = 1024

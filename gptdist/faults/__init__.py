@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gptdist.errors import EXIT_REQUEUE, LockedError
+from gptdist.files import replace_text
 
 STOPPED = "stopped by a signal, checkpoint saved"  # the message of exit.json that launchers know a stop by
 LOCK_WAIT_S = 180  # for what is left of the same job: NFS keeps the locks of a vanished node for its lease, often 90 s
@@ -64,16 +65,12 @@ class ExitRecord:
             return
         told = message or (STOPPED if code == EXIT_REQUEUE else "")
         record = {"code": code, "rank": self.rank, "message": told, "start": self.start, "time": time.time()}
-        temporary = self.path.with_name(f".exit.json.{self.rank}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record) + "\n")
-            os.replace(temporary, self.path)
+            replace_text(self.path, json.dumps(record) + "\n")
         except OSError as error:
             if not message:  # a failure has been reported, and this is likely its consequence
                 print(f"gptdist: cannot write {self.path}: {error.strerror}", file=sys.stderr)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def clear_exit_record(run_dir: str | Path) -> None:

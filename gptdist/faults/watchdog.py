@@ -30,6 +30,7 @@ import torch.distributed as dist
 from gptdist.errors import EXIT_REQUEUE
 from gptdist.faults import ExitRecord
 from gptdist.faults.heartbeat import FOLDER, Beat, Heartbeat, born, read_beats
+from gptdist.files import replace_text
 
 LONGEST_POLL_S = 10.0
 POLLS = 20  # in a timeout, where that makes them shorter
@@ -97,10 +98,10 @@ class Watchdog:
             self._write_part(still_s, others)
             parts = self._wait_for_parts()
             if min(parts, default=self.beat.rank) == self.beat.rank:
-                self._report(parts, others)
+                self._report(parts)
                 self._kill_here(parts, others)
             elif not self._wait_for(self._report_path("txt").exists):
-                self._report(self._parts(), others)
+                self._report(self._parts())
         except Exception:  # the run has to end, told or not
             traceback.print_exc()
             self.record.write(EXIT_REQUEUE, f"the run stood still for {still_s:.0f} s")
@@ -118,7 +119,7 @@ class Watchdog:
                 "phases": beat.phases, "saving": beat.saving, "still_s": round(still_s, 1),
                 "collectives": sequence_numbers(), "stacks": stacks(self._main), "last": last_collectives(),
                 "processes": {rank: process_state(other.pid, other.born) for rank, other in others.here().items()}}
-        _replace(self._path("part", "json"), json.dumps(part))
+        replace_text(self._path("part", "json"), json.dumps(part))
 
     def _parts(self) -> dict[int, dict[str, Any]]:
         found = {}
@@ -146,16 +147,16 @@ class Watchdog:
     def _report_path(self, suffix: str) -> Path:
         return self.run_dir / f"hang-report-{self.beat.start}.{suffix}"
 
-    def _report(self, parts: Mapping[int, dict[str, Any]], others: "_Others") -> None:
+    def _report(self, parts: Mapping[int, dict[str, Any]]) -> None:
         beats = read_beats(self.run_dir, self.size, self.beat.start)
         processes = {int(rank): state for part in parts.values() for rank, state in part["processes"].items()}
         why = verdict(self.size, parts, beats, processes)
         head = f"the run stood still for {parts[self.beat.rank]['still_s']:.0f} s: {why}"
         locked = {rank: text for rank in range(self.size) if rank not in parts and (text := self._locked_stacks(rank))}
-        _replace(self._report_path("json"), json.dumps({
+        replace_text(self._report_path("json"), json.dumps({
             "why": why, "ranks": self.size, "parts": parts, "beats": {r: asdict(b) for r, b in beats.items()},
             "processes": processes, "locked": locked}, indent=1))
-        _replace(self._report_path("txt"), _text(head, self.size, parts, beats, processes, locked))
+        replace_text(self._report_path("txt"), _text(head, self.size, parts, beats, processes, locked))
         message = f"{head}; stacks and positions of all ranks: {self._report_path('txt')}"
         self.record.write(EXIT_REQUEUE, message)
         print(f"gptdist {self.command} [rank {self.beat.rank}]: {message}; start again to go on from the last "
@@ -332,9 +333,3 @@ def last_collectives(longest: int = 8) -> list[str]:
         return [f"the flight recorder gave nothing: {error}"]
     return [f"{one.get('profiling_name')} number {one.get('collective_seq_id')} of group {one.get('process_group')}, "
             f"input {one.get('input_sizes')}: {one.get('state')}" for one in entries[-longest:]]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -41,8 +41,9 @@ def open_store(rank: int, size: int, timeout_s: int) -> dist.Store:
         raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet: "
                         f"start them with torchrun or deepspeed, or set both")
     try:
-        if rank != 0 and not served_by_agent():
-            _wait_for_store(address, int(port), timeout_s)
+        if rank != 0 and not served_by_agent() and not wait_for_store(address, int(port), timeout_s):
+            raise UserError(f"port {port} of {address} (MASTER_ADDR, MASTER_PORT) is taken by another program: give "
+                            f"the launcher another port")
         if rank == 0 and not served_by_agent() and is_loopback(address):
             listening = socket.create_server(("127.0.0.1", int(port)))
             return dist.TCPStore(address, int(port), size, True, timeout, wait_for_workers=False,
@@ -61,26 +62,27 @@ def served_by_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _wait_for_store(host: str, port: int, timeout_s: float) -> None:
-    """Return when a store answers there. Raises UserError where another program does, DistNetworkError where none."""
+def wait_for_store(host: str, port: int, timeout_s: float) -> bool:
+    """Whether a store of torch's answers there, else another program. Raises DistNetworkError where none does."""
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if _accepts(host, port):
+    while True:
+        try:
+            connect(host, port)
             if is_store(host, port):
-                return
-            if _accepts(host, port):  # else it was the store of rank 0, which has died
-                raise UserError(f"port {port} of {host} (MASTER_ADDR, MASTER_PORT) is taken by another program: give "
-                                f"the launcher another port")
+                return True
+            connect(host, port)  # else it was the store of rank 0, which has died
+            return False
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(f"nothing answered within {timeout_s:.0f} s ({error})") from None
         time.sleep(0.2)
-    raise dist.DistNetworkError(f"nothing answered within {timeout_s:.0f} s")
 
 
-def _accepts(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=5) as connection:
-            return connection.getsockname() != connection.getpeername()  # where nobody listens it may meet itself
-    except OSError:
-        return False
+def connect(host: str, port: int) -> None:
+    """Raises OSError where nobody listens."""
+    with socket.create_connection((host, port), timeout=5) as connection:
+        if connection.getsockname() == connection.getpeername():
+            raise ConnectionRefusedError("nobody listens, so the connection met itself")
 
 
 def is_store(host: str, port: int) -> bool:

@@ -48,7 +48,7 @@ def _overrides(plan: Plan) -> list[str]:
 
 def to_text(plan: Plan, suggestions: list[Plan]) -> str:
     return "\n".join([*_heading(plan), "", *_memory(plan), "", *_communication(plan), "", *_time(plan), "",
-                      *_suggested(plan, suggestions)])
+                      *_suggested(suggestions)])
 
 
 def _heading(plan: Plan) -> list[str]:
@@ -108,7 +108,7 @@ def _time(plan: Plan) -> list[str]:
     return [*lines, f"the run's {plan.run_tokens / 1e9:,.2f} billion tokens: {days:,.2f} days{money}"]
 
 
-def _suggested(plan: Plan, suggestions: list[Plan]) -> list[str]:
+def _suggested(suggestions: list[Plan]) -> list[str]:
     if not suggestions:
         return ["nothing fits: use more or larger devices, or parallel.tensor with another number of heads"]
     lines = ["cheapest that fit, best of each strategy"]

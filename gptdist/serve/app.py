@@ -62,13 +62,11 @@ class Served:
         return "chat" if self.template else "base"
 
 
-def create_app(served: Served, limits: Limits, rules: Rules) -> FastAPI:
-    """Raises UserError for a template that the tokenizer lacks tokens for, and limits that the model cannot keep."""
-    return Api(served, limits, rules).app
-
-
 class Api:
-    """One model behind HTTP. The engine computes on its own thread; everything here is on the event loop."""
+    """One model behind HTTP. The engine computes on its own thread; everything here is on the event loop.
+
+    Raises UserError for a template that the tokenizer lacks tokens for, and limits that the model cannot keep.
+    """
 
     def __init__(self, served: Served, limits: Limits, rules: Rules):
         self.served, self.limits = served, limits
