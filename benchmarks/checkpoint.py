@@ -1,6 +1,6 @@
 """Saving and loading a checkpoint, beside `dd` on the same file system.
 
-    python -m benchmarks.checkpoint [--megabytes 1000] [--worlds 1 2 4] [--rounds 5] [--directory DIR]
+    python -m benchmarks.checkpoint [--megabytes 1000] [--worlds 1 2 4] [--rounds 6] [--directory DIR]
 
 One state of DTensors is divided over each number of ranks. A round is: `dd conv=fsync` of as many bytes, a save in the
 foreground, one in the background (the time that training waits, and the time until it is published), in rotating

@@ -122,8 +122,8 @@ MFU, tokens per day, cost; and the cheapest strategy, micro-batch and recomputat
   gptdist plan configs/quickstart.yaml --world-size 2 --device cpu --memory 4 --model.vocab_size=512
 
 Values of the configuration are overridden as in `gptdist train`. Times are estimates: benchmarks/results/plan.md has
-what they are fitted to and how far they are off elsewhere. Of memory, only single and fsdp in fp32 on a CPU were
-measured.
+what they are fitted to and how far they are off elsewhere. Memory was measured on a CPU alone; each plan says whether
+a run of its kind was.
 
 The exit code is 0 also for a run that does not fit: that is an answer, printed, and memory.fits of --json. It is 2 for
 what cannot be planned: an unknown device, processes that do not divide, a value out of range."""
@@ -284,7 +284,7 @@ def _add_evaluate(commands) -> None:
                         help="stdlib, one of its sets such as stdlib-choice, FILE or KIND=FILE; kinds: choice, cloze, "
                              "text, classify, qa, translate, summarize")
     parser.add_argument("--lm-eval", nargs="+", metavar="TASK",
-                        help="tasks of the lm-evaluation-harness (pip install lm_eval), instead of --tasks")
+                        help="tasks of the lm-evaluation-harness (the extra `evaluate`), instead of --tasks")
     parser.add_argument("--include-path", metavar="DIR", help="--lm-eval: directory of further tasks as YAML")
     parser.add_argument("--shots", type=int, default=0,
                         help="the first items of a set are examples before every question (default: %(default)s)")
@@ -371,7 +371,8 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--rules", nargs="+", metavar="RULE",
                         help="quality rules: the groups gopher, c4, lines; a rule, RULE=LIMIT or RULE=off "
                              "(gptdist/data/quality.py lists them)")
-    parser.add_argument("--languages", nargs="+", metavar="CODE", help="keep these only, such as en; needs `data`")
+    parser.add_argument("--languages", nargs="+", metavar="CODE",
+                        help="keep these only, such as en; needs the extra `data`")
     parser.add_argument("--language-min", type=float, help="least probability of the language (default: 0.5)")
     parser.add_argument("--scrub", nargs="+", metavar="KIND", help="replace email, phone, ip by placeholders")
     parser.add_argument("--dedup", action=switch, help="drop exact duplicates (default: yes)")

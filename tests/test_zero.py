@@ -40,7 +40,7 @@ def assert_as_single(run, single, overrides):
         assert_same_curve(rows, train_rows(single)[:10])
     else:
         assert_same_curve(rows, train_rows(single))
-        assert eval_losses(run) == pytest.approx(eval_losses(single), abs=1e-5)
+        assert eval_losses(run)[-1:] == pytest.approx(eval_losses(single), abs=1e-5)  # a run that stops evaluates too
 
 
 @pytest.mark.parametrize(("world", "name"), FP32)
