@@ -1,4 +1,4 @@
-// bias_gelu on a CPU: what ops.cpp calls. Mathematics and memory traffic: bias_gelu.cpp.
+// bias_gelu on a CPU: what ops.cpp calls. Mathematics and memory traffic: bias_gelu_kernel.h.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,16 @@ struct Backward {
   float* partial;     // [channels] fp32, overwritten; nullptr where no bias gradient is wanted
   int64_t rows, channels;
 };
+
+template <class T>
+struct GeluKernels {
+  void (*forward)(const Forward<T>& args);
+  void (*backward)(const Backward<T>& args);
+};
+
+// For each instruction set, in simd_*.cpp.
+extern const GeluKernels<float> kGeluFp32Portable, kGeluFp32Avx2, kGeluFp32Avx512;
+extern const GeluKernels<Bf16> kGeluBf16Portable, kGeluBf16Avx2, kGeluBf16Avx512;
 
 void bias_gelu_forward(const Forward<float>& args, Isa isa);
 void bias_gelu_forward(const Forward<Bf16>& args, Isa isa);

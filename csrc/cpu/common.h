@@ -25,6 +25,14 @@ inline Isa best_isa() {
   return Isa::kPortable;
 }
 
+// Of the tables nameAvx512, nameAvx2 and namePortable that of the highest level up to `isa`.
+#ifdef GPTDIST_X86
+#define GPTDIST_CHOOSE(isa, name) \
+  ((isa) >= Isa::kAvx512 ? name##Avx512 : (isa) == Isa::kAvx2 ? name##Avx2 : name##Portable)
+#else
+#define GPTDIST_CHOOSE(isa, name) ((void)(isa), name##Portable)
+#endif
+
 // The instruction set in use.
 inline std::atomic<Isa>& active_isa() {
   static std::atomic<Isa> isa{best_isa()};

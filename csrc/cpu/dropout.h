@@ -31,21 +31,13 @@ template <class T>
 DropoutKernel<T> dropout_kernel(Isa isa);
 
 template <>
-inline DropoutKernel<float> dropout_kernel<float>([[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa >= Isa::kAvx512) return kDropoutFp32Avx512;
-  if (isa == Isa::kAvx2) return kDropoutFp32Avx2;
-#endif
-  return kDropoutFp32Portable;
+inline DropoutKernel<float> dropout_kernel<float>(Isa isa) {
+  return GPTDIST_CHOOSE(isa, kDropoutFp32);
 }
 
 template <>
-inline DropoutKernel<Bf16> dropout_kernel<Bf16>([[maybe_unused]] Isa isa) {
-#ifdef GPTDIST_X86
-  if (isa >= Isa::kAvx512) return kDropoutBf16Avx512;
-  if (isa == Isa::kAvx2) return kDropoutBf16Avx2;
-#endif
-  return kDropoutBf16Portable;
+inline DropoutKernel<Bf16> dropout_kernel<Bf16>(Isa isa) {
+  return GPTDIST_CHOOSE(isa, kDropoutBf16);
 }
 
 }  // namespace gptdist::cpu

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "bias_gelu.h"
 #include "dropout.h"
 #include "few_rows_linear.h"
 

@@ -10,6 +10,7 @@
 #include "decode_attention.h"
 #include "few_rows_linear_kernel.h"
 #include "dropout_kernel.h"
+#include "bias_gelu_kernel.h"
 
 namespace gptdist::cpu {
 namespace {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "bias_gelu.h"
 #include "dropout.h"
 #include "few_rows_linear.h"
 
@@ -19,6 +20,8 @@ constexpr AttentionKernels<float> kFp32Portable = Kernels<float, float>::table()
 constexpr AttentionKernels<Bf16> kBf16Portable = Kernels<Bf16, float>::table();
 constexpr FewRowsLinearKernels<float> kLinearFp32Portable = LinearKernels<float, float>::table();
 constexpr FewRowsLinearKernels<Bf16> kLinearBf16Portable = LinearKernels<Bf16, float>::table();
+constexpr GeluKernels<float> kGeluFp32Portable = Gelu<float>::table();
+constexpr GeluKernels<Bf16> kGeluBf16Portable = Gelu<Bf16>::table();
 constexpr DropoutKernel<float> kDropoutFp32Portable = dropout_rows<float>;
 constexpr DropoutKernel<Bf16> kDropoutBf16Portable = dropout_rows<Bf16>;
 
