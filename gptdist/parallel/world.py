@@ -1,5 +1,6 @@
 """The processes of a run: rank, device, process group, device mesh, and how a process ends."""
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -105,8 +106,14 @@ def init_world(config: ParallelConfig) -> World:
         return World(rank, size, device, strategy, None)
     join(device, rank, size, config.timeout_s)
     replicas = _replicas(config, strategy, size, local_size)
-    mesh = init_device_mesh(device.type, (1, replicas, size // replicas // tensor, 1, tensor), mesh_dim_names=MESH_DIMS)
-    return World(rank, size, device, strategy, mesh, tensor)
+    shape = (1, replicas, size // replicas // tensor, 1, tensor)
+    return World(rank, size, device, strategy, _mesh(dist.group.WORLD, device.type, shape), tensor)
+
+
+@functools.cache
+def _mesh(world: dist.ProcessGroup, device: str, shape: tuple[int, ...]) -> DeviceMesh:
+    """One of a shape for the whole process: gloo has threads for each of its groups, which wake 100 times a second."""
+    return init_device_mesh(device, shape, mesh_dim_names=MESH_DIMS)
 
 
 def _replicas(config: ParallelConfig, strategy: str, size: int, local_size: int) -> int:
