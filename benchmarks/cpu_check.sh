@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a quiet machine: all that is measured on a CPU, from the kernels to whole runs, beside the peers.
-#   bash benchmarks/cpu_check.sh [STEP ...]     kernels train generate precision scale shakespeare (default: all)
+#   bash benchmarks/cpu_check.sh [STEP ...]     default: all, below
 # Needs the environment of launch/test.sh, whose packages have the peers. Writes OUT/cpu-STEP.md. Some two hours on two
 # cores; bf16 is measured where the processor multiplies it. Exit code 1: a step failed, or missed its target.
 #   OUT            where results go (default: benchmarks/results)
@@ -10,9 +10,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${GPTDIST_VENV:-.venv}/bin/python" out="${OUT:-benchmarks/results}"
 die() { echo "cpu_check: $1" >&2; exit "$2"; }
 
-[ $# -gt 0 ] || set -- kernels train generate precision scale shakespeare
+all="kernels train generate precision scale shakespeare"
+[ $# -gt 0 ] || set -- $all
 for step in "$@"; do
-  case "$step" in kernels | train | generate | precision | scale | shakespeare) ;; *) die "there is no step $step" 2 ;; esac
+  case " $all " in *" $step "*) ;; *) die "there is no step $step: expected some of $all" 2 ;; esac
 done
 [ -x "$python" ] || die "no $python here: bash launch/test.sh makes it, or set GPTDIST_VENV" 3
 read -r load _ < /proc/loadavg

@@ -106,13 +106,15 @@ class Job:
 @contextlib.contextmanager
 def heeding_refusals(job: Job) -> Iterator[None]:
     """Until the workers are up, a refusal by another node raises Ended here: that node will not come."""
+    found: list[dict] = []
+
     def ended(number: int, frame: object) -> None:
-        record = job.refusal()
-        raise Ended(record["code"], f"another node ended: {record['message']}")
+        raise Ended(found[0]["code"], f"another node ended: {found[0]['message']}")
 
     def watch() -> None:
         while not job.workers_up.wait(timeout=1):
-            if job.refusal():
+            if record := job.refusal():
+                found.append(record)
                 os.kill(os.getpid(), signal.SIGUSR2)
                 return
 

@@ -211,7 +211,7 @@ def test_a_port_of_a_program_that_says_nothing_is_named(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 .* is taken by another program"):
             meeting.open_store.__wrapped__(1, 2, 5)
-    with pytest.raises(LostError, match=r"nothing answered within 1 s \(.*\): give the launcher a host"):
+    with pytest.raises(LostError, match=r"nothing answered within 1 s \(.*\): give the launcher a host and a free"):
         meeting.open_store.__wrapped__(1, 2, 1)
 
 

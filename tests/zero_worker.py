@@ -123,8 +123,9 @@ def check_frozen_and_discarded(out: Path, name: str, *overrides: str) -> None:
     assert saved.keys() == wanted.keys()
     for key, tensor in wanted.items():
         difference = (saved[key] - tensor).abs().max()
-        # Of the 3e-2 that three steps can go. Adam's go by a gradient's sign, and a few gradients are but rounding.
-        assert difference < 1e-3, f"{name}: {key} differs by {difference}"
+        # Of the 3e-2 that three steps can go. Adam's go by a gradient's sign, and tensor parallel's other order of sums
+        # changes the few gradients that are but rounding.
+        assert difference < (1e-3 if world.tensor > 1 else 1e-5), f"{name}: {key} differs by {difference}"
 
 
 def take_step(strategy: Strategy, step: int, discard: bool) -> list[float]:

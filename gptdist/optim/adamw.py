@@ -25,9 +25,9 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_ratio=1.0))
         self.shadows: Mapping[nn.Parameter, Tensor] = {}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's own without its decorator, at whose first call torch.compile is imported: a second of each start."""
-        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)
+    # torch's own without their decorator, at whose first call torch.compile is imported: a second of each start.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
 
     def slot_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What a checkpoint stores for one parameter."""

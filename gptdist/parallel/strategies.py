@@ -139,8 +139,7 @@ class Strategy:
 
     def discard(self) -> None:
         """Drop the accumulated gradient."""
-        for _, parameter in self.trainable():
-            parameter.grad = None
+        self.optimizer.zero_grad(set_to_none=True)
         self._norm = None
 
     def bad_gradients(self) -> list[str]:
