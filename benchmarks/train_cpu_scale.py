@@ -4,9 +4,9 @@
 
 Contexts: one sequence, width --width. Widths: one sequence of --context tokens. A GPT-2 of few layers (--layers,
 --vocab; heads of 64), the contenders of benchmarks.train_cpu: this project's step and PyTorch's strongest, `hf tuned`,
-in bf16 where the processor multiplies it, else in fp32. Each contender and size runs in a process of its own, whose
-peak memory is reported; it may take --limit-s seconds and the memory that is free, and what does not fit is said. The
-output has a plot of each beside it, FILE-contexts.png and FILE-widths.png.
+in bf16 where the processor multiplies it, else in fp32. Contenders take turns, --rounds times at each size, each time
+in a process of its own, whose peak memory is reported; it may take --limit-s seconds and the memory that is free, and
+what does not fit is said. The output has a plot of each beside it, FILE-contexts.png and FILE-widths.png.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEFAULT_CONTENDERS = [f"gptdist {PRECISION}", f"hf tuned {PRECISION}"]
 
 @dataclass(frozen=True)
 class Point:
-    """One contender at one size: seconds of a step and peak memory; or why there are none."""
+    """One contender at one size: median seconds of a step and peak memory; or why there are none."""
 
     tokens: int
     step_s: float | None = None
@@ -68,12 +68,21 @@ def point(name: str, args: argparse.Namespace, context: int, width: int) -> Poin
     return Point(shape.tokens, statistics.median(found["seconds"]), found["peak_bytes"])
 
 
+def joined(rounds: list[Point]) -> Point:
+    """The median of several rounds and the most memory, or what stopped one of them."""
+    for found in rounds:
+        if found.refusal:
+            return found
+    return Point(rounds[0].tokens, statistics.median(p.step_s for p in rounds), max(p.peak_bytes for p in rounds))
+
+
 def sweep(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> dict[str, list[Point]]:
     """Points of every contender at each (context, width)."""
     points: dict[str, list[Point]] = {name: [] for name in args.only}
     for context, width in sizes:
-        for name in args.only:
-            found = point(name, args, context, width)
+        rounds = [[point(name, args, context, width) for name in args.only] for _ in range(args.rounds)]
+        for name, of_one in zip(args.only, zip(*rounds, strict=True), strict=True):
+            found = joined(list(of_one))
             said = found.refusal or f"{found.rate:.0f} tokens/s, {found.peak_bytes / 1e9:.2f} GB"
             print(f"T = {context}, C = {width}, {name}: {said}", file=sys.stderr)
             points[name].append(found)
@@ -128,6 +137,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=120, help="of each process")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=DEFAULT_CONTENDERS, metavar="NAME",
                         help=f"contenders: {', '.join(CONTENDERS)}")
@@ -138,8 +148,8 @@ def main() -> None:
             parser.error(f"width {width} is no multiple of {HEAD_DIM}, a head's channels")
     lines = ["# How training on a CPU scales", "",
              f"{describe('benchmarks.train_cpu_scale')}. {args.layers} layers, heads of {HEAD_DIM}, vocabulary "
-             f"{args.vocab}, one sequence; medians of {args.steps} steps, a process for each number; torch "
-             f"{torch.__version__}.", ""]
+             f"{args.vocab}, one sequence; medians of {args.rounds} rounds, each of {args.steps} steps in a process "
+             f"of its own; torch {torch.__version__}.", ""]
     sweeps = (("contexts", f"T, width {args.width}", args.contexts, [(value, args.width) for value in args.contexts]),
               ("widths", f"width, T = {args.context}", args.widths, [(args.context, value) for value in args.widths]))
     for kind, axis, values, sizes in sweeps:

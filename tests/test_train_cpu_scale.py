@@ -21,6 +21,13 @@ def test_the_table_says_what_did_not_fit():
     assert "| 256 | 640 | 2.00 | takes more than 9 s |  |  |" in text
 
 
+def test_rounds_are_joined_by_their_median():
+    rounds = [Point(128, 0.3, 5), Point(128, 0.1, 7), Point(128, 0.2, 6)]
+    assert train_cpu_scale.joined(rounds) == Point(128, 0.2, 7)
+    refused = Point(128, refusal="takes more than 9 s")
+    assert train_cpu_scale.joined([*rounds, refused]) == refused
+
+
 def test_the_plot(tmp_path):
     train_cpu_scale.plot("T", [128, 256], POINTS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -50,7 +57,8 @@ def test_both_sweeps(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [
         "train_cpu_scale", "--contexts", "32", "--widths", "64", "--width", "64", "--context", "16", "--layers", "1",
-        "--vocab", "64", "--steps", "1", "--only", "gptdist bf16", "--output", str(tmp_path / "scale.md")])
+        "--vocab", "64", "--steps", "1", "--rounds", "1", "--only", "gptdist bf16",
+        "--output", str(tmp_path / "scale.md")])
     train_cpu_scale.main()
     text = (tmp_path / "scale.md").read_text()
     assert text in capsys.readouterr().out
