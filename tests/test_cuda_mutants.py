@@ -231,13 +231,16 @@ EQUIVALENT = {
 }
 
 
+SLOW = ("adamw", "decode_attention", "layer_norm")  # a minute or more each
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cases_pass_unchanged(device, name):
     mutants.check_unchanged(device, FAMILIES[name].cases)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "decode_attention" else ()) for name in FAMILIES])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long if name in SLOW else []) for name in FAMILIES])
 def test_every_source_mutant_is_caught(device, name, tmp_path):
     mutants.check_source(device, FAMILIES[name], EQUIVALENT, tmp_path)
 

@@ -1,6 +1,45 @@
 """The embedded corpus."""
 
+import pytest
+
+from gptdist.data import corpus
 from gptdist.data.corpus import embedded_documents
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of one module, and an empty cache; the function gives the docstrings as a new process does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "_root", lambda: tmp_path / "lib")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "one.py").write_text('"""First."""\n')
+    return corpus._modules.__wrapped__
+
+
+def test_docstrings_are_kept_until_a_file_changes(library, tmp_path, monkeypatch):
+    expected = [[("one", "First.")]]
+    assert library() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_module_docstrings", None)
+        assert library() == expected
+    (tmp_path / "lib" / "one.py").write_text('"""Second, longer."""\n')
+    assert library() == [[("one", "Second, longer.")]]
+
+
+@pytest.mark.parametrize("text", ["", "[[1]]", "{}x"])
+def test_a_damaged_cache_is_read_no_further(library, tmp_path, text):
+    library()
+    (kept,) = (tmp_path / "cache" / "gptdist").iterdir()
+    kept.write_text(text)
+    assert library() == [[("one", "First.")]]
+    assert kept.read_text() == '[[["one", "First."]]]'
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(library, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    assert library() == [[("one", "First.")]]
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name")
+    assert library() == [[("one", "First.")]]
 
 
 def test_size_order_and_content():

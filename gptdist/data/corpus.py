@@ -1,16 +1,22 @@
 """The embedded English corpus: documentation text that every Python installation carries.
 
 `pydoc_data.topics` (the language reference as plain text) and the docstrings of the standard library, about
-2.2 MB together. It lets every example and test run with no download. Sources are parsed, never imported.
+2.2 MB together. It lets every example and test run with no download. Sources are parsed, never imported; what was found
+is kept in the user's cache (XDG_CACHE_HOME or ~/.cache, gptdist/docstrings-*.json), for as long as no file changes.
 """
 
 import ast
 import functools
+import hashlib
 import inspect
+import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from gptdist.files import replace_text
 
 # Third-party code; test suites (strings written to break parsers, not English); demos and tables with little text;
 # packages that newer Pythons have dropped, so that versions differ less.
@@ -21,6 +27,8 @@ _SKIPPED_DIRECTORIES = {
     *("distutils", "lib2to3"),
 }
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+Docstrings = list[tuple[str, str]]  # (qualified name, docstring)
 
 
 def embedded_documents() -> Iterator[str]:
@@ -33,9 +41,9 @@ def embedded_documents() -> Iterator[str]:
 
 
 @functools.cache
-def embedded_docstrings() -> tuple[tuple[str, str], ...]:
+def embedded_docstrings() -> Docstrings:
     """(qualified name, docstring) of every module, class and function of the standard library that has one."""
-    return tuple(found for module in _modules() for found in module)
+    return [found for module in _modules() for found in module]
 
 
 @functools.cache  # training a tokenizer on the corpus reads it twice
@@ -45,10 +53,36 @@ def _all_documents() -> tuple[str, ...]:
     return *_topic_documents(_root() / "pydoc_data" / "topics.py"), *modules
 
 
-@functools.cache  # parsing takes seconds
-def _modules() -> tuple[tuple[tuple[str, str], ...], ...]:
-    """(qualified name, docstring) of all that has one, by module, by path."""
-    return tuple(tuple(_module_docstrings(path, _root())) for path in sorted(_source_files(_root())))
+@functools.cache
+def _modules() -> list[Docstrings]:
+    """Of all that has a docstring, by module, by path."""
+    sources = sorted(_source_files(_root()))
+    kept = _kept(sources)
+    if kept is not None:
+        try:
+            return [[(name, docstring) for name, docstring in module] for module in json.loads(kept.read_text())]
+        except (OSError, TypeError, ValueError):  # not there yet, or nothing that was written below
+            pass
+    modules = [list(_module_docstrings(path, _root())) for path in sources]  # takes seconds
+    if kept is not None:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(kept, json.dumps(modules))
+        except OSError:  # a home that is full or read-only costs the next start those seconds again
+            pass
+    return modules
+
+
+def _kept(sources: list[Path]) -> Path | None:
+    """The file that keeps the docstrings of these very files, found by this very program; None: there is no home."""
+    found_by = sys.version, Path(__file__).read_text()
+    files = [(str(path), status.st_size, status.st_mtime_ns) for path in sources for status in [path.stat()]]
+    digest = hashlib.sha256(repr((found_by, files)).encode()).hexdigest()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return cache / "gptdist" / f"docstrings-{digest[:16]}.json"
 
 
 def _root() -> Path:
