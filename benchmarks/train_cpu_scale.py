@@ -81,8 +81,8 @@ def sweep(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> dict[str, l
     points: dict[str, list[Point]] = {name: [] for name in args.only}
     for context, width in sizes:
         rounds = [[point(name, args, context, width) for name in args.only] for _ in range(args.rounds)]
-        for name, of_one in zip(args.only, zip(*rounds, strict=True), strict=True):
-            found = joined(list(of_one))
+        for name, *of_one in zip(args.only, *rounds, strict=True):
+            found = joined(of_one)
             said = found.refusal or f"{found.rate:.0f} tokens/s, {found.peak_bytes / 1e9:.2f} GB"
             print(f"T = {context}, C = {width}, {name}: {said}", file=sys.stderr)
             points[name].append(found)
@@ -121,7 +121,8 @@ def plot(axis: str, values: list[int], points: dict[str, list[Point]], path: Pat
         memory.plot(at, [p.peak_bytes / 1e9 for _, p in there], marker="o", label=name)
     for axes, label in ((speed, "tokens/s"), (memory, "peak memory, GB")):
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-        axes.set_xticks(values, [str(value) for value in values], minor=False)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.set_xticks([], minor=True)
         axes.grid(True, alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one that warms up")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of all contenders at each size")
     parser.add_argument("--limit-s", type=float, default=120, help="of each process")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=DEFAULT_CONTENDERS, metavar="NAME",
                         help=f"contenders: {', '.join(CONTENDERS)}")

@@ -45,7 +45,7 @@ def test_no_kernel_leaves_its_buffers_or_the_language(sanitizing, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86-64's")
-def test_nor_does_one_for_avx512_on_any_processor(sanitizing, tmp_path):
+def test_nor_does_one_for_avx512_on_any_x86(sanitizing, tmp_path):
     parts = [PROGRAM, *(path for path in KERNELS if "avx512" not in path)]
     for isa in (2, 3):
         parts.append(str(tmp_path / f"level{isa}.o"))

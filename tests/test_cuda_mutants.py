@@ -230,7 +230,6 @@ EQUIVALENT = {
     "const uint32_t states = stages + kParts * (kPartBytes + 1);": "a gap between parts and states",
 }
 
-
 SLOW = ("adamw", "decode_attention", "layer_norm")  # a minute or more each
 
 

@@ -28,6 +28,19 @@ def test_rounds_are_joined_by_their_median():
     assert train_cpu_scale.joined([*rounds, refused]) == refused
 
 
+def test_contenders_take_turns(monkeypatch):
+    order = []
+
+    def point(name, args, context, width):
+        order.append(name)
+        return Point(context, len(order), 1)
+
+    monkeypatch.setattr(train_cpu_scale, "point", point)
+    found = train_cpu_scale.sweep(argparse.Namespace(only=["a", "b"], rounds=3), [(128, 64)])
+    assert order == ["a", "b"] * 3
+    assert found == {"a": [Point(128, 3, 1)], "b": [Point(128, 4, 1)]}
+
+
 def test_the_plot(tmp_path):
     train_cpu_scale.plot("T", [128, 256], POINTS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,9 @@
 """The embedded English corpus: documentation text that every Python installation carries.
 
 `pydoc_data.topics` (the language reference as plain text) and the docstrings of the standard library, about
-2.2 MB together. It lets every example and test run with no download. Sources are parsed, never imported; what was found
-is kept in the user's cache (XDG_CACHE_HOME or ~/.cache, gptdist/docstrings-*.json), for as long as no file changes.
+2.2 MB together. It lets every example and test run with no download. Sources are parsed, never imported. The docstrings
+found are kept in the user's cache (XDG_CACHE_HOME or ~/.cache), gptdist/docstrings-*.json: a new file of 2 MB when a
+source has changed; old ones may be deleted.
 """
 
 import ast
@@ -28,7 +29,7 @@ _SKIPPED_DIRECTORIES = {
 }
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-Docstrings = list[tuple[str, str]]  # (qualified name, docstring)
+Docstrings = tuple[tuple[str, str], ...]  # (qualified name, docstring)
 
 
 def embedded_documents() -> Iterator[str]:
@@ -43,7 +44,7 @@ def embedded_documents() -> Iterator[str]:
 @functools.cache
 def embedded_docstrings() -> Docstrings:
     """(qualified name, docstring) of every module, class and function of the standard library that has one."""
-    return [found for module in _modules() for found in module]
+    return tuple(found for module in _modules() for found in module)
 
 
 @functools.cache  # training a tokenizer on the corpus reads it twice
@@ -54,35 +55,37 @@ def _all_documents() -> tuple[str, ...]:
 
 
 @functools.cache
-def _modules() -> list[Docstrings]:
-    """Of all that has a docstring, by module, by path."""
+def _modules() -> tuple[Docstrings, ...]:
+    """The docstrings of each module, in the order of their paths."""
     sources = sorted(_source_files(_root()))
-    kept = _kept(sources)
-    if kept is not None:
+    cache = _cache_file(sources)
+    if cache is not None:
         try:
-            return [[(name, docstring) for name, docstring in module] for module in json.loads(kept.read_text())]
-        except (OSError, TypeError, ValueError):  # not there yet, or nothing that was written below
+            kept = json.loads(cache.read_text())
+            return tuple(tuple((str(name), str(docstring)) for name, docstring in module)
+                         for _, module in zip(sources, kept, strict=True))
+        except (OSError, RecursionError, TypeError, ValueError):  # not there yet, or nothing that was written below
             pass
-    modules = [list(_module_docstrings(path, _root())) for path in sources]  # takes seconds
-    if kept is not None:
+    modules = tuple(tuple(_module_docstrings(path, _root())) for path in sources)  # takes seconds
+    if cache is not None:
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(kept, json.dumps(modules))
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(cache, json.dumps(modules))
         except OSError:  # a home that is full or read-only costs the next start those seconds again
             pass
     return modules
 
 
-def _kept(sources: list[Path]) -> Path | None:
-    """The file that keeps the docstrings of these very files, found by this very program; None: there is no home."""
-    found_by = sys.version, Path(__file__).read_text()
+def _cache_file(sources: list[Path]) -> Path | None:
+    """What keeps the docstrings of these very files, found by this very program; None: there is no home."""
+    found_by = sys.version, Path(__file__).read_bytes()
     files = [(str(path), status.st_size, status.st_mtime_ns) for path in sources for status in [path.stat()]]
     digest = hashlib.sha256(repr((found_by, files)).encode()).hexdigest()
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:
         return None
-    return cache / "gptdist" / f"docstrings-{digest[:16]}.json"
+    return folder / "gptdist" / f"docstrings-{digest[:16]}.json"
 
 
 def _root() -> Path:
