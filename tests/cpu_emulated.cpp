@@ -148,21 +148,3 @@ __m512 dpbf16_ps(__m512 sum, Pairs x, Pairs y) {
 #define _mm512_dpbf16_ps(sum, x, y) emulated::dpbf16_ps(sum, x, y)
 
 #include "cpu/simd_kernels.h"
-
-namespace gptdist::cpu {
-
-#if GPTDIST_ISA == 2
-constexpr AttentionKernels<float> kFp32Avx512 = Kernels<float, float>::table();
-constexpr AttentionKernels<Bf16> kBf16Avx512 = Kernels<Bf16, float>::table();
-constexpr FewRowsLinearKernels<float> kLinearFp32Avx512 = LinearKernels<float, float>::table();
-constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512 = LinearKernels<Bf16, float>::table();
-constexpr GeluKernels<float> kGeluFp32Avx512 = Gelu<float>::table();
-constexpr GeluKernels<Bf16> kGeluBf16Avx512 = Gelu<Bf16>::table();
-constexpr DropoutKernel<float> kDropoutFp32Avx512 = dropout_rows<float>;
-constexpr DropoutKernel<Bf16> kDropoutBf16Avx512 = dropout_rows<Bf16>;
-#else
-constexpr AttentionKernels<Bf16> kBf16Avx512Bf16 = Kernels<Bf16, Pair>::table();
-constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512Bf16 = LinearKernels<Bf16, Pair>::table();
-#endif
-
-}  // namespace gptdist::cpu

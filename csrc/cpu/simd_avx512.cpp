@@ -27,19 +27,6 @@
 #define GPTDIST_ISA 2
 #include "simd_kernels.h"
 
-namespace gptdist::cpu {
-
-constexpr AttentionKernels<float> kFp32Avx512 = Kernels<float, float>::table();
-constexpr AttentionKernels<Bf16> kBf16Avx512 = Kernels<Bf16, float>::table();
-constexpr FewRowsLinearKernels<float> kLinearFp32Avx512 = LinearKernels<float, float>::table();
-constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512 = LinearKernels<Bf16, float>::table();
-constexpr GeluKernels<float> kGeluFp32Avx512 = Gelu<float>::table();
-constexpr GeluKernels<Bf16> kGeluBf16Avx512 = Gelu<Bf16>::table();
-constexpr DropoutKernel<float> kDropoutFp32Avx512 = dropout_rows<float>;
-constexpr DropoutKernel<Bf16> kDropoutBf16Avx512 = dropout_rows<Bf16>;
-
-}  // namespace gptdist::cpu
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else

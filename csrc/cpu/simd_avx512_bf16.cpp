@@ -28,13 +28,6 @@
 #define GPTDIST_ISA 3
 #include "simd_kernels.h"
 
-namespace gptdist::cpu {
-
-constexpr AttentionKernels<Bf16> kBf16Avx512Bf16 = Kernels<Bf16, Pair>::table();
-constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512Bf16 = LinearKernels<Bf16, Pair>::table();
-
-}  // namespace gptdist::cpu
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else

@@ -1,5 +1,5 @@
-// The kernels of one instruction set. Each simd_*.cpp sets GPTDIST_ISA and the compiler's target, includes this
-// file and names its tables.
+// The kernels of one instruction set and their tables. Each simd_*.cpp sets GPTDIST_ISA and the compiler's target, and
+// includes this file.
 
 #include "simd.h"
 #include "philox.h"
@@ -72,4 +72,26 @@ struct Kernels {
 };
 
 }  // namespace
+
+#if GPTDIST_ISA == 3  // AVX-512 with products of bf16, and for nothing else
+constexpr AttentionKernels<Bf16> kBf16Avx512Bf16 = Kernels<Bf16, Pair>::table();
+constexpr FewRowsLinearKernels<Bf16> kLinearBf16Avx512Bf16 = LinearKernels<Bf16, Pair>::table();
+#else
+#if GPTDIST_ISA == 2
+#define GPTDIST_TABLE(name) name##Avx512
+#elif GPTDIST_ISA == 1
+#define GPTDIST_TABLE(name) name##Avx2
+#else
+#define GPTDIST_TABLE(name) name##Portable
+#endif
+constexpr AttentionKernels<float> GPTDIST_TABLE(kFp32) = Kernels<float, float>::table();
+constexpr AttentionKernels<Bf16> GPTDIST_TABLE(kBf16) = Kernels<Bf16, float>::table();
+constexpr FewRowsLinearKernels<float> GPTDIST_TABLE(kLinearFp32) = LinearKernels<float, float>::table();
+constexpr FewRowsLinearKernels<Bf16> GPTDIST_TABLE(kLinearBf16) = LinearKernels<Bf16, float>::table();
+constexpr GeluKernels<float> GPTDIST_TABLE(kGeluFp32) = Gelu<float>::table();
+constexpr GeluKernels<Bf16> GPTDIST_TABLE(kGeluBf16) = Gelu<Bf16>::table();
+constexpr DropoutKernel<float> GPTDIST_TABLE(kDropoutFp32) = dropout_rows<float>;
+constexpr DropoutKernel<Bf16> GPTDIST_TABLE(kDropoutBf16) = dropout_rows<Bf16>;
+#endif
+
 }  // namespace gptdist::cpu
