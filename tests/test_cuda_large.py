@@ -1,6 +1,7 @@
 """More than 2^31 elements: the last block of each CUDA kernel, run from its PTX, reaches the last elements.
 
-The tensors' memory is never touched but at their ends, so they cost next to nothing.
+The tensors' memory is never touched but at their ends, so they cost next to nothing. What is allocated may hold what
+an earlier test left there, so the elements before those ends are NaN: none of them may count.
 """
 
 import ctypes
@@ -18,11 +19,12 @@ ROWS = 2**31 // WIDTH + 5
 BF16 = torch.bfloat16
 
 
-def huge(last: torch.Tensor) -> torch.Tensor:
-    """(ROWS, WIDTH) bf16, of which only the last rows, `last`, are ever used."""
-    x = torch.empty(ROWS, WIDTH, dtype=BF16)
+def huge(last: torch.Tensor, *shape: int) -> torch.Tensor:
+    """More than 2^31 elements of shape (ROWS, WIDTH), or `shape`: the last are `last`, the 2^20 before them NaN."""
+    x = torch.empty(shape or (ROWS, WIDTH), dtype=last.dtype)
     assert x.numel() > 2**31
-    x[-len(last):] = last
+    end = x.view(-1)[-last.numel() - 2**20:].fill_(torch.nan)
+    end[-last.numel():] = last.flatten()
     return x
 
 
@@ -77,13 +79,8 @@ def test_dropout(device):
 
 # Lists: a tensor of more than 2^31 elements, of which the last are used, and a small one after it.
 
-LAST, ELEMENTS = 100, ROWS * WIDTH + 100
-
-
-def huge_list(last: torch.Tensor, small: torch.Tensor) -> list[torch.Tensor]:
-    x = torch.empty(ELEMENTS, dtype=last.dtype)
-    x[-LAST:] = last
-    return [x, small]
+ELEMENTS = ROWS * WIDTH + 100
+LAST = ELEMENTS % 16384  # all of its last chunk, in chunks of 8192 elements too
 
 
 def list_blocks(chunk: int) -> tuple[int, int]:
@@ -94,7 +91,7 @@ def list_blocks(chunk: int) -> tuple[int, int]:
 def test_adamw(device):
     before = adamw_cases.make([(LAST,), (7,)], (BF16, torch.float32))
     lists = [before.params, before.grads, before.exp_avg, before.exp_avg_sq]
-    huge_lists = [huge_list(*[t.clone() for t in tensors]) for tensors in lists]
+    huge_lists = [[huge(last, ELEMENTS), small.clone()] for last, small in lists]
     case = adamw_cases.Case(*huge_lists, None, before.grad_scale, before.options)
     with device.run(blocks=list_blocks(8192)) as log:
         case.run()
@@ -105,7 +102,7 @@ def test_adamw(device):
 
 def test_grad_norm(device, monkeypatch):
     """The sums of the last two chunks: the kernel that adds them would need all the others."""
-    tensors = huge_list(torch.randn(LAST).to(BF16), torch.randn(7))
+    last, small = torch.randn(LAST).to(BF16), torch.randn(7)
     execute, found = device._execute, []
 
     def intercepted(name, grid, block, shared_bytes, argument, *options):
@@ -117,8 +114,8 @@ def test_grad_norm(device, monkeypatch):
 
     monkeypatch.setattr(device, "_execute", intercepted)
     with device.run(blocks=list_blocks(16384)):
-        VM.grad_norm(tensors)
-    exact = [tensors[0][-LAST:].double().square().sum().item(), tensors[1].double().square().sum().item()]
+        VM.grad_norm([huge(last, ELEMENTS), small])
+    exact = [t.double().square().sum().item() for t in (last, small)]
     assert found == pytest.approx(exact, rel=1e-6)
 
 
@@ -133,14 +130,13 @@ def attention_blocks(first: tuple[str, ...], positions: int):
 
 
 def check_attention(device, qkv, doc_start, last, first: tuple[str, ...], queries: slice) -> None:
-    """Forward and backward of the last positions of qkv, which are `last` (1, T, 1, 3, D), by one block of each grid.
+    """Forward and backward of qkv's last positions, which are `last` (1, T, 1, 3, D), by one block of each grid.
 
     first: the kernels whose first block that is. queries: which of the positions that block has, in forward and dq;
     dkv's has the last keys.
     """
     B, total, H, _, D = qkv.shape
     T = last.shape[1]
-    qkv[-1, -T:] = last[0]
     dout, out = (torch.empty(B, total, H, 1, D, dtype=BF16) for _ in range(2))
     lse = torch.empty(B, H, 1, total)
     dout[-1, -T:] = torch.randn(T, H, 1, D)
@@ -161,7 +157,7 @@ def check_attention(device, qkv, doc_start, last, first: tuple[str, ...], querie
 def test_attention_of_many_rows(device, D):
     T = 256
     last = torch.randn(1, T, 1, 3, D).to(BF16)
-    qkv = torch.empty(2**31 // (T * 3 * D) + 2, T, 1, 3, D, dtype=BF16)
+    qkv = huge(last, 2**31 // (T * 3 * D) + 2, T, 1, 3, D)
     check_attention(device, qkv, None, last, (), slice(0, 128))  # the lightest tiles, of the first queries, come last
 
 
@@ -171,7 +167,7 @@ def test_attention_of_a_long_row(device, D):
     T = 256
     last = torch.randn(1, T, 1, 3, D).to(BF16)
     total = (2**31 // (3 * D) // T + 2) * T
-    qkv = torch.empty(1, total, 1, 3, D, dtype=BF16)
-    doc_start = torch.empty(1, total, dtype=torch.int32)
+    qkv = huge(last, 1, total, 1, 3, D)
+    doc_start = torch.zeros(1, total, dtype=torch.int32)
     doc_start[:, -T:] = total - T
     check_attention(device, qkv, doc_start, last, ("forward", "dq"), slice(T - 128, T))
