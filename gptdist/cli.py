@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptdist import __version__
-from gptdist.errors import EXIT_BUG, EXIT_DONE, ActionableError, MissingError, UserError
+from gptdist.errors import EXIT_DONE, EXIT_INTERRUPTED, ActionableError, MissingError, UserError
 
 TRAIN_HELP = """\
 Train a GPT from scratch. The configuration is a YAML file; every value can be overridden as --section.key=value
@@ -23,8 +23,8 @@ Train a GPT from scratch. The configuration is a YAML file; every value can be o
                         -m gptdist train configs/quickstart.yaml
   DeepSpeed's launcher  deepspeed --num_gpus N --module gptdist train configs/quickstart.yaml
 
-Started again, it goes on from the run's newest complete checkpoint (checkpoint.resume). A configuration of another
-task, such as fine-tuning, runs as well."""
+Ctrl-C saves a checkpoint after the step under way and ends the run; started again, it goes on from the run's newest
+complete checkpoint (checkpoint.resume). A configuration of another task, such as fine-tuning, runs as well."""
 
 FINETUNE_HELP = """\
 Fine-tune a model on examples, usually from a pretrained one (checkpoint.init_from: a checkpoint, a run's directory or
@@ -787,4 +787,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     except KeyboardInterrupt:
         print(f"gptdist {args.command}: interrupted", file=sys.stderr)
-        return EXIT_BUG
+        return EXIT_INTERRUPTED

@@ -1,9 +1,10 @@
 """Errors that a user can act on, and the exit codes they map to.
 
-Exit codes: 0 done, 1 a bug (traceback), 2 the user's input, 3 a device or tool is missing or faulty, 75 please requeue.
+Exit codes: 0 done, 1 a bug (traceback), 2 the user's input, 3 a device or tool is missing or faulty, 75 please requeue,
+130 interrupted (128 + SIGINT, as shells say).
 """
 
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MISSING, EXIT_REQUEUE = 0, 1, 2, 3, 75
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_MISSING, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 
 class ActionableError(Exception):

@@ -37,6 +37,7 @@ from gptdist.config import Config
 from gptdist.errors import (
     EXIT_BUG,
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_MISSING,
     EXIT_REQUEUE,
     EXIT_USER,
@@ -135,7 +136,7 @@ def judge(job: Job, exit_code: int, record: dict | None) -> str:
     Raises Ended where another start would end the same way, or is the scheduler's to make.
     """
     code, message = (record["code"], record["message"]) if record and record["code"] else (exit_code, "")
-    if code in (EXIT_USER, EXIT_MISSING) or (code == EXIT_BUG and exit_code >= 0):
+    if code in (EXIT_USER, EXIT_MISSING, EXIT_INTERRUPTED) or (code == EXIT_BUG and exit_code >= 0):
         raise Ended(code, message or f"a worker ended with exit code {code}")
     if message == STOPPED and exit_code >= 0:
         if not job.elastic:

@@ -103,7 +103,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.root = self.run_dir / "checkpoints"
         self.state = TrainState(dataset=self.task.dataset_at(0))
-        self.stop = StopSignal()
+        self.stop = StopSignal(announce=world.is_main)
         self.strategy = self.ranks.on_all(lambda: make_strategy(world, self.config))
         self.tasks = self.ranks.on_all(self._open_tasks)
         self.console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
@@ -142,6 +142,7 @@ class Trainer:
         if self.beat.start:
             self.beat.open(self.run_dir)
         self.stop.install()
+        self.held.callback(self.stop.restore_interrupt)
         self.beat.enter("verify")
         source = self._choose_start()
         self.beat.enter("build")

@@ -29,6 +29,12 @@ def test_every_command_has_help(capsys):
     assert "--prompts-file" in capsys.readouterr().out
 
 
+def test_ctrl_c_ends_with_130(monkeypatch, capsys):
+    monkeypatch.setattr("gptdist.config.show", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["config"]) == 130
+    assert capsys.readouterr().err == "gptdist config: interrupted\n"
+
+
 def test_help_does_not_import_torch():
     """Help and the configuration are there at once."""
     code = ("import sys; from gptdist.cli import main; main(['config']); "

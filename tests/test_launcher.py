@@ -14,7 +14,16 @@ import yaml
 
 from gptdist import config as config_module
 from gptdist import launcher
-from gptdist.errors import EXIT_BUG, EXIT_MISSING, EXIT_REQUEUE, EXIT_USER, LockedError, MissingError, UserError
+from gptdist.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    EXIT_REQUEUE,
+    EXIT_USER,
+    LockedError,
+    MissingError,
+    UserError,
+)
 from gptdist.faults import STOPPED, lock_run_dir
 from gptdist.parallel import meeting
 from gptdist.train_command import LOST_RANK
@@ -43,6 +52,7 @@ def test_what_is_started_again(tmp_path, exit_code, code, message, reason):
     (EXIT_USER, None, "", EXIT_USER),
     (EXIT_MISSING, EXIT_MISSING, "no GPU", EXIT_MISSING),
     (EXIT_BUG, EXIT_BUG, "KeyError", EXIT_BUG),
+    (EXIT_INTERRUPTED, None, "", EXIT_INTERRUPTED),
     (EXIT_REQUEUE, EXIT_USER, "bad token", EXIT_USER),  # this node's workers lost the rank that failed
     (-9, EXIT_USER, "bad token", EXIT_USER),
     (EXIT_REQUEUE, EXIT_REQUEUE, STOPPED, EXIT_REQUEUE),

@@ -18,22 +18,39 @@ from typing import TextIO
 from gptdist.errors import EXIT_REQUEUE, LockedError
 from gptdist.files import replace_text
 
+INTERRUPTED = b"\ngptdist: stopping after this step, with a checkpoint; Ctrl-C again stops now, without one\n"
 STOPPED = "stopped by a signal, checkpoint saved"  # the message of exit.json that launchers know a stop by
 LOCK_WAIT_S = 180  # for what is left of the same job: NFS keeps the locks of a vanished node for its lease, often 90 s
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 (SLURM's warning before the time limit) ask for a checkpoint and a clean end."""
+    """SIGTERM, SIGUSR1 (SLURM's warning before the time limit) and Ctrl-C ask for a checkpoint and a clean end.
 
-    def __init__(self) -> None:
-        self.received = False
+    A second Ctrl-C interrupts at once; announce: whether this process says so at the first.
+    """
+
+    def __init__(self, announce: bool = True) -> None:
+        self.received, self.announce = False, announce
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the parent has it ignored
+            signal.signal(signal.SIGINT, self._interrupted)
+
+    def restore_interrupt(self) -> None:
+        """Ctrl-C raises KeyboardInterrupt again. The others stay: their default would end a run that has saved."""
+        if signal.getsignal(signal.SIGINT) == self._interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.received = True
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        self.received = True
+        self.restore_interrupt()
+        if self.announce:
+            os.write(2, INTERRUPTED)  # sys.stderr may be in the middle of a write
 
 
 class ExitRecord:
