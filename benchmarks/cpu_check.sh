@@ -15,6 +15,10 @@ all="kernels train generate precision scale shakespeare"
 for step in "$@"; do
   case " $all " in *" $step "*) ;; *) die "there is no step $step: expected some of $all" 2 ;; esac
 done
+case " $* " in *" shakespeare "*)
+  text="${GPTDIST_DATA:-.}/tinyshakespeare.txt"
+  [ -f "$text" ] || die "no $text here: set GPTDIST_DATA to its directory, or name the steps to take without shakespeare" 2 ;;
+esac
 [ -x "$python" ] || die "no $python here: bash launch/test.sh makes it, or set GPTDIST_VENV" 3
 read -r load _ < /proc/loadavg
 if [ "${load%.*}" -ge 1 ]; then echo "cpu_check: the load is $load: other processes will be in the figures" >&2; fi

@@ -17,7 +17,8 @@ def test_steps_and_their_results(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "$*"\n[ "$2" != benchmarks.train_cpu ]\n')
     python.chmod(0o755)
-    done = run(GPTDIST_VENV=str(tmp_path / "venv"), OUT=str(tmp_path / "out"))
+    (tmp_path / "tinyshakespeare.txt").touch()
+    done = run(GPTDIST_VENV=str(tmp_path / "venv"), GPTDIST_DATA=str(tmp_path), OUT=str(tmp_path / "out"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith("cpu_check: failed: train\n")
     said = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
@@ -33,3 +34,6 @@ def test_what_cannot_be_done(tmp_path):
     done = run("kernels", GPTDIST_VENV=str(tmp_path))
     assert done.returncode == 3
     assert "bash launch/test.sh makes it" in done.stderr
+    done = run(GPTDIST_DATA=str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert "nothing/tinyshakespeare.txt here: set GPTDIST_DATA" in done.stderr
