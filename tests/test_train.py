@@ -1,5 +1,6 @@
 """The trainer in one process: resuming, stopping, best and last checkpoints, bad starts."""
 
+import contextlib
 import json
 import os
 import signal
@@ -125,6 +126,17 @@ def test_sigterm_saves_and_asks_to_be_requeued(dataset, tmp_path):
     assert losses(run_tiny(dataset, tmp_path / "run", "--eval.every=0")) == losses(straight)
 
 
+@contextlib.contextmanager
+def sigint_is(handler):
+    """As the run's parent would leave it: a shell ignores it for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def interrupting(config, steps: int) -> Trainer:
     """A trainer that gets SIGINT, as from Ctrl-C, before each of the first `steps` steps."""
     trainer = Trainer(config, init_world(config.parallel))
@@ -141,31 +153,26 @@ def interrupting(config, steps: int) -> Trainer:
 
 def test_ctrl_c_saves(dataset, tmp_path, capfd):
     config = tiny_config(dataset, tmp_path / "run", "--checkpoint.every=0", "--eval.every=0")
-    assert interrupting(config, 1).run() == EXIT_REQUEUE
+    with sigint_is(signal.default_int_handler):
+        assert interrupting(config, 1).run() == EXIT_REQUEUE
     assert "Ctrl-C again stops now" in capfd.readouterr().err
     assert layout.latest(tmp_path / "run" / "checkpoints").name == "step-00000001"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_ctrl_c_interrupts(dataset, tmp_path, capfd):
     config = tiny_config(dataset, tmp_path / "run", "--checkpoint.every=0", "--eval.every=0")
     trainer = interrupting(config, 1)
     trainer.task.started = lambda strategy: os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with sigint_is(signal.default_int_handler), pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert capfd.readouterr().err.count("Ctrl-C again stops now") == 1
     assert layout.latest(tmp_path / "run" / "checkpoints") is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigint_stays_ignored_where_the_parent_ignores_it(dataset, tmp_path):
     config = tiny_config(dataset, tmp_path / "run", "--train.stop_at=1")
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with sigint_is(signal.SIG_IGN):
         assert interrupting(config, 1).run() == 0
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_init_from_takes_weights_only(dataset, finished, tmp_path):
