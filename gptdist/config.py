@@ -696,13 +696,35 @@ def _names(values: dict[str, dict[str, Any]]) -> set[str]:
             if value is not None}
 
 
+@functools.cache
+def _yaml_loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node, marks = super().compose_mapping_node(anchor), {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    first = marks.setdefault(key.value, key.start_mark)
+                    if first is not key.start_mark:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"{key.value!r} is given twice, first in line {first.line + 1}: keep one",
+                            problem_mark=key.start_mark)
+            return node
+
+    return Loader
+
+
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """The plain values of a YAML text; no tag makes an object. Raises UserError for what is no YAML, and for more than
-    YAML_VALUES values: aliases (`*name`) inside each other stand for any number of them."""
+    """The plain values of a YAML text; no tag makes an object.
+
+    Raises UserError for what is no YAML, such as a mapping that has a key twice (of which PyYAML takes the last), and
+    for more than YAML_VALUES values: aliases (`*name`) inside each other stand for any number of them.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_yaml_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
     rest, count = [values], 0

@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+[ $# -eq 0 ] || die "takes no arguments, and got: $*" 2
 DATA="data/embedded"
 RUN="runs/quickstart"
 PROMPT="If the"

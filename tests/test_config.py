@@ -49,6 +49,8 @@ def test_resolved_configuration_round_trips():
     ("train: {precision: fp8}", "train.precision is 'fp8', expected 'auto' | 'fp32' | 'bf16'"),
     ("[1, 2]", "holds a list, expected sections"),
     ("model: {width: [", "is not valid YAML"),
+    ("train: {steps: 5}\nmodel: {width: 64}\ntrain: {batch: 2}\n", "'train' is given twice, first in line 1"),
+    ("train: {steps: 5, steps: 6}", "'steps' is given twice"),
     ("model: {n_heads: 5}", "model.n_heads=5 does not divide model.width=256"),
     ("model: {n_kv_heads: 3}", "model.n_kv_heads=3 does not divide model.n_heads=4"),
     ("model: {positions: rope, width: 20}", "even head dimension"),

@@ -85,6 +85,12 @@ def test_a_refused_second_start_leaves_the_record_alone(dataset, tmp_path, capsy
     assert not (run / "exit.json").exists()
 
 
+def test_a_file_in_place_of_the_run_directory(dataset, tmp_path, capsys):
+    (tmp_path / "run").write_text("a file in the way")
+    assert train(tmp_path / "run", data=dataset) == 2
+    assert "it is a file" in capsys.readouterr().err
+
+
 def test_the_cause_on_another_rank_is_named(tmp_path, monkeypatch, capsys):
     def lost(config, world, beat):
         other = ExitRecord(tmp_path / "run", 1)

@@ -151,4 +151,5 @@ def _show_held_out(args: argparse.Namespace, result: dict[str, Any]) -> None:
           f"{result['bits_per_byte']:.4f} bits per byte) over {result['targets']:,} tokens of {result['data']}")
     if args.bigram:
         print(f"bigram model     {result['bigram_loss']:.4f} nats per token ({result['bigram_smoothing']})")
-        print(f"better by        {result['margin']:.4f} nats per token")
+        better = "better by" if result["margin"] >= 0 else "worse by "
+        print(f"{better}        {abs(result['margin']):.4f} nats per token")

@@ -64,7 +64,8 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
-            self._path("locked", "txt").unlink(missing_ok=True)
+            if self._locked is not None:
+                self._path("locked", "txt").unlink(missing_ok=True)
 
     def _watch(self) -> None:
         seen, still_s, last = None, 0.0, time.monotonic()
