@@ -20,6 +20,7 @@ PACKAGE = ROOT / "gptdist"
 # (file, what it does) -> why that runs nothing that a file or another machine brought.
 ALLOWED = {
     ("config.py", "yaml.load"): "its loader is a SafeLoader that refuses keys given twice",
+    ("config.py", "yaml.MarkedYAMLError"): "the error that this loader raises",
     ("convert/files.py", "import pickle"): "names its exception, UnpicklingError",
     ("convert/deepspeed.py", "import pickle"): "raises its exception, UnpicklingError",
     ("checkpoint/ranks.py", "broadcast_object_list"): "between the processes of one run, over its own process group",
@@ -58,7 +59,7 @@ def of_call(call: ast.Call) -> str | None:
     if owner.split(".")[0] in PICKLERS and name in ("load", "loads", "Unpickler", "open"):
         return f"{owner}.{name}"
     if owner in ("yaml", "ruamel.yaml"):
-        return f"yaml.{name}" if name not in ("safe_load", "safe_dump", "MarkedYAMLError") else None
+        return f"yaml.{name}" if name not in ("safe_load", "safe_dump") else None
     if name == "load" and not (owner == "torch" and says("weights_only", True)) and (
             owner in ("torch", "np", "numpy", "torch.jit", "torch.export") or "torch" in owner):
         return "load"

@@ -50,7 +50,7 @@ def serve(checkpoint: Path, options: ServeOptions) -> None:
     set_up_process(torch.device(options.device))
     api_key = read_api_key(options.api_key_file)
     if api_key is None and options.host not in LOOPBACK:
-        print(f"gptdist serve: anyone who reaches {options.host} can use this server: set GPTDIST_API_KEY, or give "
+        print(f"gptdist serve: anyone who reaches {options.host} can use this server: set {KEY_VARIABLE}, or give "
               f"--api-key-file, so that requests need a key", file=sys.stderr)
     # Before the model: a taken port is said at once.
     with listen(options.host, options.port, options.send_timeout_s) as listener:
